@@ -1,0 +1,54 @@
+"""The presets: models, devices and clusters in TOML, each number with its source and status."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import resources
+from typing import Any
+
+STATUSES = ("published", "reported", "inferred")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a number comes from: `status` is published (paper, datasheet), reported (rumour, leak,
+    press) or inferred (solved for here)."""
+    status: str
+    source: str
+
+
+@lru_cache(maxsize=None)
+def _tables(kind: str) -> dict[str, dict[str, Any]]:
+    text = resources.files("gpt4lib.specs").joinpath("presets", f"{kind}.toml").read_text("utf8")
+    return tomllib.loads(text)
+
+
+def names(kind: str) -> tuple[str, ...]:
+    """The preset names of a kind ("models", "devices", "clusters"), in the order of the file."""
+    return tuple(_tables(kind))
+
+
+def _table(kind: str, name: str) -> dict[str, Any]:
+    tables = _tables(kind)
+    if name not in tables:
+        raise ValueError(f"{kind.removesuffix('s')} {name!r} is not a preset; accepted: {', '.join(tables)}")
+    return tables[name]
+
+
+def load(kind: str, name: str) -> dict[str, Any]:
+    """The plain values of one preset, without their sources."""
+    return {key: value for key, value in _table(kind, name).items() if key != "source"}
+
+
+def provenance(kind: str, name: str) -> dict[str, Source]:
+    """field -> Source for every field of a preset.
+
+    In the file, `[NAME.source]` holds `status` and `text` for the whole entry and
+    `[NAME.source.FIELD]` the same two for a field that comes from elsewhere.
+    """
+    source = _table(kind, name)["source"]
+    whole = Source(source["status"], source["text"])
+    special = {field: Source(s["status"], s["text"]) for field, s in source.items() if isinstance(s, dict)}
+    return {field: special.get(field, whole) for field in load(kind, name)}
