@@ -1,0 +1,107 @@
+"""One visual language: each hue means one thing in every figure, and every figure is the same bytes anywhere.
+
+A figure is a bare `matplotlib.figure.Figure` (pyplot is never involved): make it the last line of
+a cell. Text stays text in the SVG, measured with the font that ships with matplotlib, and the axes are
+placed in inches: nothing depends on the fonts of the machine that draws.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+from typing import Callable
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+
+from gpt4lib import format as fmt
+
+# Every hue keeps a contrast of 3:1 or more on white and on the dark page (#121212), and the hues stay
+# apart for deuteranopes and protanopes; a mark is still always labelled in words beside it.
+COLORS = {
+    "weights": "#1f5fe0",
+    "activations": "#1fa77b",
+    "kv_cache": "#c08a1e",
+    "optimizer": "#8f62d2",
+    "communication": "#994494",
+    "compute": "#795f09",
+    "failure": "#db4858",
+}
+ATTENTION, EXPERTS = COLORS["weights"], "#5a90ee"   # two shades of weights, never of anything else
+GREY = "#797b80"        # text and axes: 4.2:1 on white, 4.4:1 on #121212; no grey does better on both
+WIDTH = 5.2             # inches: 500 CSS px, so text of 12 pt is 16 px there and 11 px at 350 px
+TEXT = 12.0             # points; the smallest text any figure may use
+
+RC = {
+    "svg.fonttype": "none", "svg.hashsalt": "gpt4lib",
+    "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans", "Helvetica", "Arial"],
+    "font.size": TEXT, "axes.labelsize": TEXT, "axes.titlesize": TEXT,
+    "xtick.labelsize": TEXT, "ytick.labelsize": TEXT,
+    "text.color": GREY, "axes.labelcolor": GREY, "axes.edgecolor": GREY,
+    "xtick.color": GREY, "ytick.color": GREY,
+    "axes.spines.top": False, "axes.spines.right": False,
+    "axes.facecolor": "none", "figure.facecolor": "none", "savefig.facecolor": "none",
+    "figure.figsize": (WIDTH, 3.0), "figure.dpi": 96, "savefig.bbox": None,
+    "figure.autolayout": False, "figure.constrained_layout.use": False,
+    "xtick.major.pad": 6, "ytick.major.pad": 6,
+    "axes.unicode_minus": False, "lines.linewidth": 2.0, "path.simplify": False,
+}
+SAVE = {"format": "svg", "metadata": {"Date": None, "Creator": None}, "bbox_inches": None}
+
+
+def use() -> None:
+    """Set the style for this process, and inside Jupyter show figures as reproducible SVG."""
+    matplotlib.rcParams.update(RC)
+    try:
+        from IPython import get_ipython
+    except ImportError:
+        return
+    if get_ipython() is not None:
+        from matplotlib_inline.backend_inline import set_matplotlib_formats
+        set_matplotlib_formats("svg", metadata=SAVE["metadata"], bbox_inches=None)
+
+
+def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    """Decorate a chart so that it looks the same whether or not `use()` was called."""
+    @functools.wraps(draw)
+    def wrapper(*args, **kwargs) -> Figure:
+        with matplotlib.rc_context(RC):
+            return draw(*args, **kwargs)
+    return wrapper
+
+
+def canvas(height: float, left: float = 0.6, right: float = 0.15,
+           bottom: float = 0.5, top: float = 0.15) -> tuple[Figure, Axes]:
+    """An empty figure of the common width and one axes; all lengths in inches, margins outside the axes."""
+    figure = Figure(figsize=(WIDTH, height))
+    axes = figure.add_axes((left / WIDTH, bottom / height,
+                            (WIDTH - left - right) / WIDTH, (height - bottom - top) / height))
+    return figure, axes
+
+
+def on_fill(color: str) -> str:
+    """Black or white, whichever reads better on a filled mark of this colour (WCAG 2 contrast)."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(color)]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return "#000000" if (luminance + 0.05) / 0.05 > 1.05 / (luminance + 0.05) else "#ffffff"
+
+
+def short(value: float) -> str:
+    """A count without trailing zeros, for axes and targets: 55 G, 1 T."""
+    number, _, unit = fmt.count(value).partition(" ")
+    return f"{float(number):g} {unit}".rstrip()
+
+
+def bare(axes: Axes) -> None:
+    """Take away an axes' frame and ticks: for diagrams, and bars that carry their own numbers."""
+    axes.set_axis_off()
+
+
+def svg(figure: Figure) -> str:
+    """The figure as SVG text: equal figures give equal text, in any process."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context(RC):
+        figure.savefig(buffer, **SAVE)
+    return buffer.getvalue()
