@@ -11,7 +11,7 @@ from matplotlib.text import Text
 from gpt4lib import plotting
 from gpt4lib.analysis.parameters import parameters
 from gpt4lib.plotting import curves, style
-from gpt4lib.specs.model import ModelSpec
+from gpt4lib.specs.model import LatentAttention, ModelSpec
 
 PALETTE = {*style.COLORS.values(), style.ATTENTION, style.EXPERTS, style.GREY, "#000000", "#ffffff"}
 WIDTHS = list(range(6000, 15001, 500))
@@ -119,12 +119,19 @@ def test_parameter_bar_refuses_nothing():
         plotting.parameter_bar({})
 
 
-@pytest.mark.parametrize("n_experts, top_k", [(16, 2), (8, 2), (64, 6), (4, 4)])
+@pytest.mark.parametrize("n_experts, top_k", [(16, 2), (8, 2), (64, 6), (256, 8), (4, 4)])
 def test_block_diagram_lights_top_k_of_the_experts(n_experts, top_k):
     spec = ModelSpec.preset("gpt-4").with_(n_experts=n_experts, top_k=top_k)
     drawn = [a for gid, a in marks(plotting.block_diagram(spec)).items() if gid.startswith("expert:")]
     assert len(drawn) == n_experts
     assert sum(artist.get_facecolor()[3] > 0 for artist in drawn) == top_k
+
+
+def test_block_diagram_shows_the_latent_vector_instead_of_heads():
+    latent = LatentAttention(kv_rank=512, rope_dim=64, nope_dim=128, v_dim=128)
+    spec = ModelSpec.preset("gpt-2").with_(latent=latent)
+    words = {text.get_text() for text in plotting.block_diagram(spec).findobj(Text)}
+    assert {"12 query heads", f"× 192 = {12 * 192:,}", "1 latent vector", "512 + 64 = 576"} <= words
 
 
 def test_shape_map_draws_the_curves_and_marks_the_solutions():
