@@ -12,6 +12,7 @@ from gpt4lib.plotting import style
 from gpt4lib.specs.model import ModelSpec
 
 PART_COLORS = {"attention": style.ATTENTION, "experts": style.EXPERTS, "ffn": style.EXPERTS}
+ARROW = {"arrowstyle": "-|>", "shrinkA": 0, "shrinkB": 0, "mutation_scale": 11}
 
 
 @style.styled
@@ -55,7 +56,7 @@ def parameter_bar(models: Mapping[str, Mapping[str, int]],
 
 
 def _active_bar(axes, row: int, active: int, longest: int) -> None:
-    """A thin bar as long as the parameters one token uses, named right of it or, if long, inside."""
+    """A thin bar as long as the parameters one token uses, named beside it or, if long, inside."""
     color, label = style.COLORS["compute"], f"one token uses {fmt.count(active)}"
     axes.add_patch(Rectangle((0, row + 0.71), active, 0.19, facecolor=color, gid=f"{row}:active"))
     inside = active > longest / 2
@@ -112,15 +113,15 @@ def _box(axes, x: float, y: float, width: float, height: float, text: str, color
                                   facecolor=color, edgecolor="none"))
     ink = style.on_fill(color)
     shift = 2.6 if below else 0
-    axes.text(x + width / 2, y + height / 2 + shift, text, color=ink, ha="center", va="center_baseline")
+    middle = {"color": ink, "ha": "center", "va": "center_baseline"}
+    axes.text(x + width / 2, y + height / 2 + shift, text, **middle)
     if below:
-        axes.text(x + width / 2, y + height / 2 - 3.4, below, color=ink, ha="center", va="center_baseline")
+        axes.text(x + width / 2, y + height / 2 - 3.4, below, **middle)
 
 
 def _arrow(axes, x: float, top: float, bottom: float, label: str, kind: str) -> None:
     color = style.COLORS[kind]
-    axes.annotate("", (x, bottom), (x, top), arrowprops={"arrowstyle": "-|>", "color": color, "lw": 2,
-                                                         "shrinkA": 0, "shrinkB": 0, "mutation_scale": 12})
+    axes.annotate("", (x, bottom), (x, top), arrowprops={**ARROW, "color": color, "lw": 2})
     axes.text(x + 2.5, (top + bottom) / 2, label, ha="left", va="center_baseline")
 
 
@@ -134,12 +135,11 @@ def _experts(axes, spec: ModelSpec) -> None:
     step, height = 96 / per_row, 11 / rows
     for i in range(n):
         x, y = 2 + (i % per_row) * step, 35.5 - (i // per_row + 1) * height
-        axes.add_patch(Rectangle((x + 0.08 * step, y + 0.05 * height), 0.84 * step, 0.9 * height, gid=f"expert:{i}",
-                                 facecolor=style.EXPERTS if i in lit else "none",
+        axes.add_patch(Rectangle((x + 0.08 * step, y + 0.05 * height), 0.84 * step, 0.9 * height,
+                                 gid=f"expert:{i}", facecolor=style.EXPERTS if i in lit else "none",
                                  edgecolor=style.EXPERTS, linewidth=1.2 if rows == 1 else 0.8))
         if i in lit and rows == 1:
             axes.annotate("", (x + step / 2, y + height), (50, 43), arrowprops={
-                "arrowstyle": "-|>", "color": style.COLORS["compute"], "lw": 1.5, "shrinkA": 0,
-                "shrinkB": 0, "mutation_scale": 10})
+                **ARROW, "color": style.COLORS["compute"], "lw": 1.5})
     if rows > 1:
         _arrow(axes, 50, 43, 35.5, "", "compute")

@@ -1,4 +1,4 @@
-"""Curves and scatter plots: how a shape follows from its parameter counts, and models beside each other."""
+"""Curves and scatter plots: a shape that follows from its counts, and models side by side."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gpt4lib.plotting import style
 
 
 def crossing(xs: Sequence[float], ys: Sequence[float], target: float) -> float | None:
-    """The first x at which the broken line through (xs, ys) meets `target`; None if it never does."""
+    """The first x where the broken line through (xs, ys) meets `target`; None if it never does."""
     for (x0, y0), (x1, y1) in zip(zip(xs, ys), zip(xs[1:], ys[1:])):
         if min(y0, y1) <= target <= max(y0, y1) and y0 != y1:
             return x0 + (x1 - x0) * (target - y0) / (y1 - y0)
@@ -20,7 +20,7 @@ def crossing(xs: Sequence[float], ys: Sequence[float], target: float) -> float |
 
 
 def spread(values: Sequence[float], gap: float) -> list[float]:
-    """The values moved as little as needed to lie `gap` apart, in the order given; for labels at an edge."""
+    """The values moved just enough to lie `gap` apart, in the order given: for edge labels."""
     order = sorted(range(len(values)), key=lambda i: (values[i], i))
     groups: list[list[float]] = []       # [centre, members] of labels that touch
     for i in order:
@@ -39,12 +39,11 @@ def spread(values: Sequence[float], gap: float) -> list[float]:
 @style.styled
 def shape_map(d_model: Sequence[float], attention: Mapping[str, Sequence[float]],
               experts: Sequence[float], targets: tuple[float, float] = (55e9, 111e9)) -> Figure:
-    """Parameters against d_model: one curve per kind of attention, one for an expert, and their targets.
+    """Parameters against d_model: a curve per kind of attention, one for an expert, the targets.
 
-    attention: label -> parameters of all layers at each d_model, e.g. `{"MHA": [...], "MQA, q = d": [...]}`.
+    attention: label -> parameters of all layers at each d_model, e.g. `{"MQA, q = d": [...]}`.
     experts: parameters of one expert over all layers at each d_model.
-    targets: (attention, expert) parameters, drawn as dotted lines; a dot and the d_model mark where a
-    curve meets its own.
+    targets: (attention, expert) parameters, dotted; a dot and the d_model mark where a curve meets its own.
     """
     figure, axes = style.canvas(4.2, left=0.65, right=1.35, bottom=0.6, top=0.3)
     top = 1.35 * max(targets)
@@ -66,10 +65,11 @@ def shape_map(d_model: Sequence[float], attention: Mapping[str, Sequence[float]]
             continue
         axes.plot([x], [target], "o", color=color, markersize=7, gid=f"{label}:solution")
         if all(abs(x - other) > 0.03 * x for other in named[target]):
-            side = 1 if named[target] else -1      # the first number stands left above, the others right below
+            side = 1 if named[target] else -1   # the first number left above, others right below
             named[target].append(x)
-            axes.annotate(f"{x:,.0f}", (x, target), xytext=(4 * side, -4 * side), textcoords="offset points",
-                          ha="left" if side > 0 else "right", va="top" if side > 0 else "bottom")
+            axes.annotate(f"{x:,.0f}", (x, target), xytext=(4 * side, -4 * side),
+                          textcoords="offset points", ha="left" if side > 0 else "right",
+                          va="top" if side > 0 else "bottom")
     heights = spread([y for y, _ in at_right], gap=top * 0.062)
     for y, (_, label) in zip(heights, at_right):
         axes.text(d_model[-1], y, f" {label}", ha="left", va="center_baseline")
@@ -85,12 +85,13 @@ def shape_map(d_model: Sequence[float], attention: Mapping[str, Sequence[float]]
 def active_total(points: Mapping[str, tuple[int, int]], highlight: str | None = None) -> Figure:
     """Total against active parameters, both on log axes; dense models lie on the diagonal.
 
-    points: name -> (total, active). highlight: the one name drawn large. Dense models are labelled left of
-    the diagonal, sparse ones below their dot.
+    points: name -> (total, active). highlight: the one name drawn large.
+    Dense models are labelled left of the diagonal, sparse ones below their dot.
     Raises ValueError for a highlight that is not among the points.
     """
     if highlight is not None and highlight not in points:
-        raise ValueError(f"highlight={highlight!r} is not among the points; accepted: {', '.join(points)}")
+        raise ValueError(f"highlight={highlight!r} is not among the points; "
+                         f"accepted: {', '.join(points)}")
     figure, axes = style.canvas(4.4, left=0.75, right=0.25, bottom=0.6, top=0.4)
     axes.set_xscale("log")
     axes.set_yscale("log")
@@ -98,13 +99,14 @@ def active_total(points: Mapping[str, tuple[int, int]], highlight: str | None = 
     high = 10 ** math.ceil(math.log10(max(total for total, _ in points.values())))
     axes.set_xlim(low, high)
     axes.set_ylim(low, high)
-    axes.plot([low, high], [low, high], color=style.GREY, linewidth=1.2, linestyle=(0, (1, 2)), gid="dense")
+    axes.plot([low, high], [low, high], color=style.GREY, linewidth=1.2, linestyle=(0, (1, 2)),
+              gid="dense")
     dense = {name: total for name, (total, active) in points.items() if total == active}
     gap = 0.055 * math.log10(high / low)
     heights = spread([math.log10(total) for total in dense.values()], gap)
     for (name, total), height in zip(dense.items(), heights):
-        axes.text(total / (high / low) ** 0.03, 10 ** height, name, ha="right", va="center_baseline",
-                  weight="bold" if name == highlight else "normal")
+        axes.text(total / (high / low) ** 0.03, 10 ** height, name, ha="right",
+                  va="center_baseline", weight="bold" if name == highlight else "normal")
     for name, (total, active) in points.items():
         lit = name == highlight
         color = style.COLORS["weights"] if lit or total != active else style.GREY
@@ -114,7 +116,8 @@ def active_total(points: Mapping[str, tuple[int, int]], highlight: str | None = 
                       ha="right" if total > (high / low) ** 0.8 * low else "center",
                       weight="bold" if lit else "normal")
     axes.set_xlabel("parameters in total")
-    axes.text(0, 1.03, "parameters used by one token", transform=axes.transAxes, ha="left", va="baseline")
+    axes.text(0, 1.03, "parameters used by one token", transform=axes.transAxes, ha="left",
+              va="baseline")
     ticks = [10.0 ** e for e in range(round(math.log10(low)), round(math.log10(high)) + 1)]
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(FixedLocator(ticks))

@@ -1,8 +1,8 @@
-"""One visual language: each hue means one thing in every figure, and every figure is the same bytes anywhere.
+"""One visual language: a hue means the same thing, and a figure is the same bytes, everywhere.
 
 A figure is a bare `matplotlib.figure.Figure` (pyplot is never involved): make it the last line of
-a cell. Text stays text in the SVG, measured with the font that ships with matplotlib, and the axes are
-placed in inches: nothing depends on the fonts of the machine that draws.
+a cell. Text stays text in the SVG, measured with the font that ships with matplotlib, and the axes
+are placed in inches: nothing depends on the fonts of the machine that draws.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 
 from gpt4lib import format as fmt
 
-# Every hue keeps a contrast of 3:1 or more on white and on the dark page (#121212), and the hues stay
-# apart for deuteranopes and protanopes; a mark is still always labelled in words beside it.
+# Every hue keeps a contrast of 3:1 or more on white and on the dark page (#121212), and the hues
+# stay apart for deuteranopes and protanopes; a mark is still always labelled in words beside it.
 COLORS = {
     "weights": "#1f5fe0",
     "activations": "#1fa77b",
@@ -30,7 +30,7 @@ COLORS = {
     "failure": "#db4858",
 }
 ATTENTION, EXPERTS = COLORS["weights"], "#5a90ee"   # two shades of weights, never of anything else
-GREY = "#797b80"        # text and axes: 4.2:1 on white, 4.4:1 on #121212; no grey does better on both
+GREY = "#797b80"        # text and axes: 4.2:1 on white, 4.4:1 on #121212; 4.33 is the best for both
 WIDTH = 5.2             # inches: 500 CSS px, so text of 12 pt is 16 px there and 11 px at 350 px
 TEXT = 12.0             # points; the smallest text any figure may use
 
@@ -74,7 +74,7 @@ def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 
 def canvas(height: float, left: float = 0.6, right: float = 0.15,
            bottom: float = 0.5, top: float = 0.15) -> tuple[Figure, Axes]:
-    """An empty figure of the common width and one axes; all lengths in inches, margins outside the axes."""
+    """An empty figure of the common width with one axes; lengths and margins in inches."""
     figure = Figure(figsize=(WIDTH, height))
     axes = figure.add_axes((left / WIDTH, bottom / height,
                             (WIDTH - left - right) / WIDTH, (height - bottom - top) / height))

@@ -1,0 +1,136 @@
+"""Write models.md and hardware.md from the presets; run it after changing one of them.
+
+    python tools/make_tables.py
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from gpt4lib import format as fmt
+from gpt4lib.analysis.parameters import parameters
+from gpt4lib.specs import registry
+from gpt4lib.specs.model import ModelSpec
+
+ROOT = Path(__file__).resolve().parent.parent
+MARKS = {"published": "● published", "reported": "◐ reported", "inferred": "○ inferred"}
+LEGEND = """\
+● published: a paper, a datasheet or the file that ships with the weights. ◐ reported: a leak or the
+press, unconfirmed. ○ inferred: solved for in this book. A row carries the weakest mark among its
+fields; the fields that stand apart are listed under [sources](#SOURCES).
+"""
+NOTE = "<!-- written by tools/make_tables.py from gpt4lib/specs/presets; edit those instead -->\n"
+
+
+def table(header: list[str], rows: list[list[str]], numbers: set[int]) -> str:
+    """A Markdown table; the columns in `numbers` are right-aligned."""
+    rule = ["---:" if i in numbers else "---" for i in range(len(header))]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows]) + "\n"
+
+
+def mark(kind: str, name: str) -> str:
+    """The weakest status among an entry's fields."""
+    found = {source.status for source in registry.provenance(kind, name).values()}
+    return MARKS[max(found, key=registry.STATUSES.index)]
+
+
+def plain(text: str) -> str:
+    """The same words when read as Markdown: no accidental emphasis, no table cell."""
+    return text.replace("*", "\\*").replace("_", "\\_").replace("|", "\\|").rstrip(".")
+
+
+def sources(kind: str) -> str:
+    """One paragraph an entry: its main source, then each field that comes from elsewhere."""
+    blocks = []
+    for name in registry.names(kind):
+        by_source: dict[registry.Source, list[str]] = {}
+        for field, source in registry.provenance(kind, name).items():
+            by_source.setdefault(source, []).append(field)
+        main = max(by_source, key=lambda s: len(by_source[s]))     # ties: first in the file
+        lines = [f"**{name}**: {MARKS[main.status]}. {plain(main.source)}."]
+        lines += [f"- `{'`, `'.join(fields)}`: {MARKS[source.status]}. {plain(source.source)}."
+                  for source, fields in by_source.items() if source != main]
+        blocks.append("\n".join(lines[:1] + ([""] if len(lines) > 1 else []) + lines[1:]))
+    return "\n\n".join(blocks) + "\n"
+
+
+def ffn(spec: ModelSpec) -> str:
+    if not spec.is_moe:
+        return f"{spec.d_ff:,}"
+    shared = f" + {spec.d_shared:,} shared" if spec.d_shared else ""
+    return f"{spec.top_k} of {spec.n_experts} × {spec.d_expert:,}{shared}"
+
+
+def attention(spec: ModelSpec) -> str:
+    if spec.latent:
+        return f"{spec.n_heads} heads, latent {spec.latent.kv_rank} + {spec.latent.rope_dim}"
+    return f"{spec.n_heads} × {spec.head_dim}, {spec.n_kv_heads} KV"
+
+
+def models() -> str:
+    shapes, counts = [], []
+    for name in registry.names("models"):
+        spec = ModelSpec.preset(name)
+        count = parameters(spec)
+        shapes.append([f"`{name}`", f"{spec.n_layers}", f"{spec.d_model:,}", attention(spec),
+                       ffn(spec), f"{spec.vocab_size:,}", f"{spec.context:,}"])
+        counts.append([f"`{name}`", f"{count.total:,}", f"{count.active:,}",
+                       fmt.percent(count.active / count.total), mark("models", name)])
+    return f"""{NOTE}# Model table
+
+Exact parameter counts of every model the library ships, by `gpt4lib.analysis.parameters`. Active is
+what the forward pass of one token uses. `gpt4lib params NAME` prints the same by part.
+
+{LEGEND.replace("SOURCES", "model-sources")}
+{table(["model", "total", "active", "active / total", "status"], counts, {1, 2, 3})}
+## Shapes
+
+{table(["model", "layers", "d_model", "query heads × head_dim, KV heads", "feed-forward width",
+        "vocabulary", "context"], shapes, {1, 2, 5, 6})}
+(model-sources)=
+## Sources
+
+{sources("models")}"""
+
+
+def hardware() -> str:
+    from gpt4lib.specs.hardware import DeviceSpec
+    rows = []
+    for name in registry.names("devices"):
+        device = DeviceSpec.preset(name)
+        peak = device.peak.get("bf16", device.peak.get("fp16"))
+        rows.append([f"`{name}`", fmt.bytes_si(device.memory_bytes),
+                     f"{fmt.bytes_si(device.memory_bandwidth)}/s",
+                     fmt.flop_rate(peak), f"{peak / device.memory_bandwidth:,.0f}",
+                     f"{fmt.bytes_si(device.link_bandwidth)}/s", f"{device.power_watts:,.0f} W",
+                     mark("devices", name)])
+    peaks = [[f"`{name}`", dtype, fmt.flop_rate(value)]
+             for name in registry.names("devices")
+             for dtype, value in DeviceSpec.preset(name).peak.items()]
+    return f"""{NOTE}# Hardware table
+
+One accelerator a row: dense peaks (datasheets often print the sparse ones, twice as high), one
+direction of its links. The ridge is peak over memory bandwidth in FLOP per byte: work below it
+waits for memory.
+
+{LEGEND.replace("SOURCES", "device-sources")}
+{table(["device", "memory", "bandwidth", "16-bit peak", "ridge", "links", "power", "status"], rows,
+       {1, 2, 3, 4, 5, 6})}
+## Dense peaks by number format
+
+{table(["device", "format", "peak"], peaks, {2})}
+(device-sources)=
+## Sources
+
+{sources("devices")}"""
+
+
+def main() -> None:
+    for name, text in (("models.md", models()), ("hardware.md", hardware())):
+        (ROOT / name).write_text(text, "utf8")
+        print(f"wrote {name}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
