@@ -1,0 +1,1 @@
+"""Fast paths, each beside the plain oracle its tests compare it with."""

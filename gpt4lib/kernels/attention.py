@@ -1,0 +1,69 @@
+"""Softmax attention over any number of key/value heads: the oracle, two fast paths, one dispatcher."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def visible(n_queries: int, n_keys: int, window: int | None, device: torch.device) -> Tensor:
+    """Which keys each query may see, bool [n_queries, n_keys]; the queries are the last positions."""
+    query = torch.arange(n_keys - n_queries, n_keys, device=device)[:, None]
+    key = torch.arange(n_keys, device=device)[None, :]
+    seen = key <= query
+    return seen if window is None else seen & (key > query - window)
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sinks: Tensor | None = None) -> Tensor:
+    """The definition, with every head written out. Vaswani et al. 2017, arXiv:1706.03762, section 3.2.
+
+    q [batch, n_heads, n_queries, head_dim], k and v [batch, n_kv_heads, n_keys, *]; `sinks`, one
+    logit a head, takes part in the softmax and carries no value.
+    """
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5         # [batch, n_heads, n_queries, n_keys]
+    scores = scores.masked_fill(~mask, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)], -1)
+    weights = scores.softmax(-1)
+    return weights[..., :k.shape[2]] @ v
+
+
+def folded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """The query heads that share a key/value head become extra query rows, so K and V are read once.
+
+    Same shapes as `reference`. This is how multi-query decoding saves its bandwidth on a CPU.
+    """
+    batch, n_heads, n_queries, _ = q.shape
+    n_kv, groups = k.shape[1], n_heads // k.shape[1]
+    rows = q.reshape(batch, n_kv, groups * n_queries, -1)
+    out = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask.repeat(groups, 1))
+    return out.reshape(batch, n_heads, n_queries, -1)
+
+
+def choose(q: Tensor, k: Tensor, window: int | None, sinks: Tensor | None) -> tuple[str, str]:
+    """(path, reason): which implementation `attention` takes for these arguments, and why."""
+    if sinks is not None:
+        return "reference", "attention sinks are not part of torch's fused attention"
+    if q.shape[2] == k.shape[2] and q.shape[1] == k.shape[1] and window is None:
+        return "causal", "a whole sequence of plain multi-head attention is torch's fused causal case"
+    return "folded", "query heads sharing a key/value head become rows, so K and V are read once"
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None,
+              sinks: Tensor | None = None) -> Tensor:
+    """Causal attention of the last `n_queries` positions over all keys, optionally within a window.
+
+    q [batch, n_heads, n_queries, head_dim], k and v [batch, n_kv_heads, n_keys, *]
+    -> [batch, n_heads, n_queries, v_dim]. Raises ValueError when the heads do not divide.
+    """
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"n_heads={q.shape[1]} is not divisible by n_kv_heads={k.shape[1]}; "
+                         f"query heads share key/value heads evenly")
+    path, _ = choose(q, k, window, sinks)
+    if path == "causal":
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    mask = visible(q.shape[2], k.shape[2], window, q.device)
+    return folded(q, k, v, mask) if path == "folded" else reference(q, k, v, mask, sinks)

@@ -1,0 +1,1 @@
+"""The real thing in PyTorch, built from a ModelSpec."""

@@ -1,0 +1,105 @@
+"""Attention layers built from a spec: multi-head, grouped-query and multi-query are one module."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from gpt4lib.kernels.attention import attention
+from gpt4lib.nn.cache import KVCache
+from gpt4lib.specs.model import ModelSpec
+
+
+def rotate(x: Tensor, start: int, base: float = 10_000.0) -> Tensor:
+    """Rotary positions on [batch, heads, tokens, width]; tokens count from `start`.
+
+    Source: Su et al. 2021, arXiv:2104.09864, section 3.2; halves paired as in Llama.
+    """
+    half = x.shape[-1] // 2
+    rates = base ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
+    positions = torch.arange(start, start + x.shape[2], device=x.device, dtype=torch.float64)
+    angle = torch.outer(positions, rates)                          # [tokens, width / 2]
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+class Attention(nn.Module):
+    """Softmax attention with n_heads query heads over n_kv_heads key/value heads.
+
+    x [batch, tokens, d_model] -> the same shape. Shazeer 2019, arXiv:1911.02150 (one key/value head);
+    Ainslie et al. 2023, arXiv:2305.13245 (groups).
+    """
+
+    def __init__(self, spec: ModelSpec, layer: int) -> None:
+        super().__init__()
+        self.spec, self.layer = spec, layer
+        self.window = spec.window if spec.layer_kinds[layer] == "window" else None
+        width = spec.q_width * (2 if spec.attention_gate else 1)
+        self.query = nn.Linear(spec.d_model, width, bias=spec.qkv_bias)
+        self.key = nn.Linear(spec.d_model, spec.kv_width, bias=spec.qkv_bias)
+        self.value = nn.Linear(spec.d_model, spec.kv_width, bias=spec.qkv_bias)
+        self.out = nn.Linear(spec.q_width, spec.d_model, bias=spec.out_bias)
+        full = spec.qk_norm == "full"
+        self.q_norm = self.k_norm = nn.Identity()
+        if spec.qk_norm != "none":
+            self.q_norm = nn.RMSNorm(spec.q_width if full else spec.head_dim, eps=1e-6)
+            self.k_norm = nn.RMSNorm(spec.kv_width if full else spec.head_dim, eps=1e-6)
+        self.sinks = nn.Parameter(torch.zeros(spec.n_heads)) if spec.sinks else None
+
+    def forward(self, x: Tensor, cache: KVCache | None, start: int) -> Tensor:
+        s = self.spec
+        batch, tokens, _ = x.shape
+        gate = None
+        q, k, v = self.query(x), self.key(x), self.value(x)
+        if s.attention_gate:
+            q, gate = q.chunk(2, -1)
+        if s.qk_norm == "full":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (t.view(batch, tokens, -1, s.head_dim).transpose(1, 2) for t in (q, k, v))
+        if s.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        if s.positions == "rotary":
+            q, k = rotate(q, start), rotate(k, start)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v, window=self.window)
+        y = attention(q, k, v, window=self.window, sinks=self.sinks)
+        y = y.transpose(1, 2).reshape(batch, tokens, s.q_width)
+        return self.out(y if gate is None else y * gate.sigmoid())
+
+
+class LatentAttention(nn.Module):
+    """Multi-head latent attention, written out: keys and values rebuilt from a cached latent.
+
+    x [batch, tokens, d_model] -> the same shape; the cache holds kv_rank + rope_dim numbers a token.
+    Source: DeepSeek-V2, arXiv:2405.04434, section 2.1, equations 9-19.
+    """
+
+    def __init__(self, spec: ModelSpec, layer: int) -> None:
+        super().__init__()
+        self.spec, self.layer, m = spec, layer, spec.latent
+        if m.indexer is not None:
+            raise ValueError("latent.indexer is not built; its parameters can be counted, not run")
+        width = spec.n_heads * (m.nope_dim + m.rope_dim)
+        self.query = nn.Linear(spec.d_model, width, bias=False) if m.q_rank is None else nn.Sequential(
+            nn.Linear(spec.d_model, m.q_rank, bias=spec.qkv_bias), nn.RMSNorm(m.q_rank, eps=1e-6),
+            nn.Linear(m.q_rank, width, bias=False))
+        self.down = nn.Linear(spec.d_model, m.kv_rank + m.rope_dim, bias=spec.qkv_bias)
+        self.norm = nn.RMSNorm(m.kv_rank, eps=1e-6)
+        self.up = nn.Linear(m.kv_rank, spec.n_heads * (m.nope_dim + m.v_dim), bias=False)
+        self.out = nn.Linear(spec.n_heads * m.v_dim, spec.d_model, bias=spec.out_bias)
+
+    def forward(self, x: Tensor, cache: KVCache | None, start: int) -> Tensor:
+        m, heads = self.spec.latent, self.spec.n_heads
+        batch, tokens, _ = x.shape
+        q = self.query(x).view(batch, tokens, heads, -1).transpose(1, 2)
+        q = torch.cat([q[..., :m.nope_dim], rotate(q[..., m.nope_dim:], start)], -1)
+        latent, rope = self.down(x).split([m.kv_rank, m.rope_dim], -1)
+        latent = torch.cat([self.norm(latent)[:, None], rotate(rope[:, None], start)], -1)
+        if cache is not None:
+            (latent,) = cache.append(self.layer, latent)           # [batch, 1, keys, kv_rank + rope_dim]
+        latent, rope = latent.split([m.kv_rank, m.rope_dim], -1)
+        kv = self.up(latent[:, 0]).view(batch, -1, heads, m.nope_dim + m.v_dim).transpose(1, 2)
+        k = torch.cat([kv[..., :m.nope_dim], rope.expand(-1, heads, -1, -1)], -1)
+        y = attention(q, k, kv[..., m.nope_dim:])
+        return self.out(y.transpose(1, 2).reshape(batch, tokens, -1))

@@ -1,0 +1,130 @@
+"""A decoder-only transformer built from a ModelSpec: small enough to read, complete enough to count."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gpt4lib.nn.attention import Attention, LatentAttention
+from gpt4lib.nn.cache import KVCache
+from gpt4lib.nn.moe import FeedForward, MoE
+from gpt4lib.specs.model import ModelSpec
+
+NORMS = {"rmsnorm": lambda d: nn.RMSNorm(d, eps=1e-6),
+         "layernorm": nn.LayerNorm,
+         "layernorm_nobias": lambda d: nn.LayerNorm(d, bias=False)}
+
+
+class Block(nn.Module):
+    """One layer: attention and a feed-forward block or mixture, each added to the residual stream.
+
+    norms_per_layer 2 normalises before each, 4 also after each (Gemma 2), 1 feeds both from the same
+    normalised input in parallel (GPT-J, PaLM).
+    """
+
+    def __init__(self, spec: ModelSpec, layer: int) -> None:
+        super().__init__()
+        self.attention = (LatentAttention if spec.latent else Attention)(spec, layer)
+        self.moe = MoE(spec) if spec.is_moe_layer(layer) else None
+        self.ffn = None if self.moe else FeedForward(spec.d_model, spec.d_ff, spec.gated_ffn, spec.ffn_bias)
+        self.norms = nn.ModuleList(NORMS[spec.norm](spec.d_model) for _ in range(spec.norms_per_layer))
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        if self.ffn is not None:
+            return self.ffn(x)
+        return self.moe(x.flatten(0, 1)).view_as(x)
+
+    def forward(self, x: Tensor, cache: KVCache | None, start: int) -> Tensor:
+        if len(self.norms) == 1:
+            y = self.norms[0](x)
+            return x + self.attention(y, cache, start) + self.feed_forward(y)
+        before, *rest = self.norms
+        after_attention, middle, after_ffn = rest if len(rest) == 3 else (nn.Identity(), rest[0], nn.Identity())
+        x = x + after_attention(self.attention(before(x), cache, start))
+        return x + after_ffn(self.feed_forward(middle(x)))
+
+
+class Transformer(nn.Module):
+    """The whole model. tokens, int64 [batch, tokens] -> logits [batch, tokens, vocab_size].
+
+    The weights are drawn from `seed` alone. Raises ValueError, one line, for what a spec can say and
+    this module does not build.
+    """
+
+    def __init__(self, spec: ModelSpec, seed: int = 0) -> None:
+        super().__init__()
+        _refuse_what_is_not_built(spec)
+        self.spec = spec
+        self.embedding = nn.Embedding(spec.vocab_size, spec.d_model)
+        self.positions = (nn.Embedding(spec.context + spec.position_offset, spec.d_model)
+                          if spec.positions == "learned" else None)
+        self.embedding_norm = NORMS[spec.norm](spec.d_model) if spec.embedding_norm else nn.Identity()
+        self.layers = nn.ModuleList(Block(spec, i) for i in range(spec.n_layers))
+        self.final_norm = NORMS[spec.norm](spec.d_model) if spec.final_norm else nn.Identity()
+        self.head = None if spec.tied else nn.Linear(spec.d_model, spec.vocab_size, bias=False)
+        self.head_bias = nn.Parameter(torch.zeros(spec.vocab_size)) if spec.head_bias else None
+        self._draw(seed)
+
+    @torch.no_grad()
+    def _draw(self, seed: int) -> None:
+        """Matrices from N(0, 0.02), biases zero, gains one; a meta model has nothing to draw."""
+        generator = torch.Generator(device="cpu").manual_seed(seed)
+        for name, p in self.named_parameters():
+            if p.is_meta:
+                continue
+            if p.dim() > 1:
+                p.copy_(0.02 * torch.randn(p.shape, generator=generator, device="cpu", dtype=torch.float32))
+            elif name.endswith("bias"):
+                p.zero_()
+
+    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        start = cache.length if cache is not None else 0
+        self._check(tokens, start)
+        x = self.embedding(tokens)
+        if self.positions is not None:
+            where = torch.arange(start, start + tokens.shape[1], device=tokens.device)
+            x = x + self.positions(where + self.spec.position_offset)
+        x = self.embedding_norm(x)
+        for layer in self.layers:
+            x = layer(x, cache, start)
+        if cache is not None:
+            cache.advance(tokens.shape[1])
+        weight = self.embedding.weight if self.head is None else self.head.weight
+        return F.linear(self.final_norm(x), weight, self.head_bias)
+
+    def _check(self, tokens: Tensor, start: int) -> None:
+        end = start + tokens.shape[1]
+        if end > self.spec.context:
+            raise ValueError(f"{end} tokens do not fit in context={self.spec.context}; shorten the prompt "
+                             f"or build the model from a spec with a longer context")
+
+    @torch.no_grad()
+    def generate(self, tokens: Tensor, n_new: int, temperature: float = 0.0,
+                 generator: torch.Generator | None = None) -> Tensor:
+        """Append n_new tokens: the most likely one at temperature 0, otherwise sampled.
+
+        tokens [batch, prompt] -> [batch, prompt + n_new]; the prompt is read once, then one token a step.
+        """
+        cache, step = KVCache(), tokens
+        for _ in range(n_new):
+            logits = self.forward(step, cache)[:, -1]                  # [batch, vocab_size]
+            if temperature == 0:
+                step = logits.argmax(-1, keepdim=True)
+            else:
+                step = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+            tokens = torch.cat([tokens, step], 1)
+        return tokens
+
+
+def _refuse_what_is_not_built(spec: ModelSpec) -> None:
+    for bad, what, accepted in (
+            ("linear" in spec.layer_kinds, "layer_kinds with 'linear'", "full or window"),
+            (spec.positions == "alibi", "positions='alibi'", "rotary, learned, none"),
+            (spec.norms_per_layer not in (1, 2, 4), f"norms_per_layer={spec.norms_per_layer}", "1, 2, 4"),
+            (spec.d_embed is not None, f"d_embed={spec.d_embed}", "an embedding as wide as d_model"),
+            (spec.latent is not None and "window" in spec.layer_kinds, "latent attention with a window", "full"),
+            (spec.positions == "rotary" and spec.head_dim % 2 == 1 and spec.latent is None,
+             f"head_dim={spec.head_dim} with rotary positions", "an even head_dim")):
+        if bad:
+            raise ValueError(f"{spec.name}: {what} can be counted but is not built here; accepted: {accepted}")
