@@ -1,0 +1,1 @@
+"""What it must cost: closed forms over specs. Standard library only; never imports the running half."""

@@ -1,5 +1,8 @@
 """What a model, a device, a cluster and a workload *are*. Standard library only."""
 
+from gpt4lib.specs.hardware import ClusterSpec, DeviceSpec
 from gpt4lib.specs.model import Indexer, LatentAttention, LinearAttention, ModelSpec
+from gpt4lib.specs.workload import ParallelPlan
 
-__all__ = ["Indexer", "LatentAttention", "LinearAttention", "ModelSpec"]
+__all__ = ["ClusterSpec", "DeviceSpec", "Indexer", "LatentAttention", "LinearAttention", "ModelSpec",
+           "ParallelPlan"]

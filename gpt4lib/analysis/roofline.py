@@ -1,0 +1,33 @@
+"""Whether bytes or arithmetic bind. Williams et al. 2009, "Roofline", CACM 52(4)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gpt4lib.specs.hardware import DeviceSpec
+
+
+@dataclass(frozen=True)
+class Time:
+    """Seconds, and which of "memory" or "compute" takes them."""
+    seconds: float
+    bound_by: str
+
+
+def ridge(device: DeviceSpec, dtype: str) -> float:
+    """FLOP per byte above which arithmetic binds: peak over bandwidth."""
+    return device.peak_flop_rate(dtype) / device.memory_bandwidth
+
+
+def time(device: DeviceSpec, dtype: str, flop: float, bytes_moved: float) -> Time:
+    """The longer of moving the bytes and doing the arithmetic, each at the datasheet rate."""
+    compute, memory = flop / device.peak_flop_rate(dtype), bytes_moved / device.memory_bandwidth
+    return Time(max(compute, memory), "compute" if compute > memory else "memory")
+
+
+def distinct_experts(n_experts: int, top_k: int, n_tokens):
+    """Expected experts that at least one of n_tokens visits, if routing is uniform: E (1 - (1 - k/E)^B).
+
+    This, not top_k, is what a decode step reads; n_tokens may be an array.
+    """
+    return n_experts * (1 - (1 - top_k / n_experts) ** n_tokens)

@@ -1,0 +1,17 @@
+"""How long a training run takes, from its arithmetic and an assumed utilisation."""
+
+from __future__ import annotations
+
+SECONDS_PER_DAY = 86_400
+
+
+def mfu(flop: float, n_devices: int, seconds: float, peak: float) -> float:
+    """Model FLOPs utilisation: useful FLOP/s over the peak of all devices. PaLM, arXiv:2204.02311, appendix B."""
+    return flop / (n_devices * seconds * peak)
+
+
+def seconds(flop: float, n_devices: int, peak: float, utilisation: float) -> float:
+    """Time to do `flop` useful FLOP at a model FLOPs utilisation in (0, 1]."""
+    if not 0 < utilisation <= 1:
+        raise ValueError(f"utilisation={utilisation!r} is not accepted; give a fraction above 0 and up to 1")
+    return flop / (n_devices * peak * utilisation)

@@ -1,0 +1,87 @@
+"""What a device and a cluster *are*: dense peaks, memory, links."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Mapping
+
+from gpt4lib.specs import registry
+
+DTYPE_BYTES = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "int8": 1, "fp4": 0.5, "int4": 0.5}
+
+
+def dtype_bytes(dtype: str) -> float:
+    """Bytes of one number; ValueError names the accepted types."""
+    if dtype not in DTYPE_BYTES:
+        raise ValueError(f"dtype {dtype!r} is not known; accepted: {', '.join(DTYPE_BYTES)}")
+    return DTYPE_BYTES[dtype]
+
+
+def _positive(owner: str, name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (
+            math.isfinite(value) and value > 0):
+        raise ValueError(f"{owner}: {name}={value!r} is not accepted; give a positive finite number")
+
+
+@dataclass(frozen=True)
+class DeviceSpec:
+    """One accelerator. `peak` is dense FLOP/s by dtype; memory in bytes, bandwidths in bytes/s;
+    `link_bandwidth` is one direction inside the node. Dense means without the 2:4-sparsity factor of two."""
+    name: str
+    peak: Mapping[str, float] = field(hash=False)
+    memory_bytes: float
+    memory_bandwidth: float
+    link_bandwidth: float
+    power_watts: float
+
+    def __post_init__(self) -> None:
+        for name in ("memory_bytes", "memory_bandwidth", "link_bandwidth", "power_watts"):
+            _positive(self.name, name, getattr(self, name))
+        if not self.peak:
+            raise ValueError(f"{self.name}: peak is empty; give FLOP/s for at least one dtype")
+        for dtype, rate in self.peak.items():
+            dtype_bytes(dtype)
+            _positive(self.name, f"peak[{dtype}]", rate)
+
+    def peak_flop_rate(self, dtype: str) -> float:
+        """Dense FLOP/s for a dtype; ValueError where the device has no such units."""
+        if dtype not in self.peak:
+            raise ValueError(f"{self.name} has no {dtype} peak; accepted: {', '.join(self.peak)}")
+        return self.peak[dtype]
+
+    @classmethod
+    def preset(cls, name: str) -> "DeviceSpec":
+        """A device shipped with the library, e.g. "a100-80gb"; ValueError names the known ones."""
+        return cls(name=name, **registry.load("devices", name))
+
+    @staticmethod
+    def presets() -> tuple[str, ...]:
+        return registry.names("devices")
+
+
+@dataclass(frozen=True)
+class ClusterSpec:
+    """n_devices of one kind, devices_per_node to a node; `inter_node_bandwidth` is what one device gets
+    of the network between nodes, bytes/s, one direction."""
+    name: str
+    device: DeviceSpec
+    n_devices: int
+    devices_per_node: int
+    inter_node_bandwidth: float
+
+    def __post_init__(self) -> None:
+        for name in ("n_devices", "devices_per_node"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{self.name}: {name}={value!r} is not accepted; give an integer >= 1")
+        _positive(self.name, "inter_node_bandwidth", self.inter_node_bandwidth)
+
+    @classmethod
+    def preset(cls, name: str) -> "ClusterSpec":
+        values = registry.load("clusters", name)
+        return cls(name=name, **{**values, "device": DeviceSpec.preset(values["device"])})
+
+    @staticmethod
+    def presets() -> tuple[str, ...]:
+        return registry.names("clusters")
