@@ -14,10 +14,12 @@ from gpt4lib.specs import registry
 from gpt4lib.specs.model import ModelSpec
 
 ROOT = Path(__file__).resolve().parent.parent
-MARKS = {"published": "● published", "reported": "◐ reported", "inferred": "○ inferred"}
-LEGEND = """\
-● published: a paper, a datasheet or the file that ships with the weights. ◐ reported: a leak or the
-press, unconfirmed. ○ inferred: solved for in this book. A row carries the weakest mark among its
+MARKS = {status: f'<span class="status status-{status}">{sign} {status}</span>'
+         for status, sign in zip(registry.STATUSES, "●◐○")}
+LEGEND = f"""\
+{MARKS["published"]} comes from a paper, a datasheet or the file that ships with the weights,
+{MARKS["reported"]} from a leak or the press, unconfirmed;
+{MARKS["inferred"]} was solved for in this book. A row carries the weakest mark among its
 fields; the fields that stand apart are listed under [sources](#SOURCES).
 """
 NOTE = "<!-- written by tools/make_tables.py from gpt4lib/specs/presets; edit those instead -->\n"
