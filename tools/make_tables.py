@@ -11,6 +11,7 @@ from pathlib import Path
 from gpt4lib import format as fmt
 from gpt4lib.analysis.parameters import parameters
 from gpt4lib.specs import registry
+from gpt4lib.specs.hardware import ClusterSpec, DeviceSpec
 from gpt4lib.specs.model import ModelSpec
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,7 +50,7 @@ def sources(kind: str) -> str:
         by_source: dict[registry.Source, list[str]] = {}
         for field, source in registry.provenance(kind, name).items():
             by_source.setdefault(source, []).append(field)
-        main = max(by_source, key=lambda s: len(by_source[s]))     # ties: first in the file
+        main = max(by_source, key=lambda s: (len(by_source[s]), -registry.STATUSES.index(s.status)))
         lines = [f"**{name}**: {MARKS[main.status]}. {plain(main.source)}."]
         lines += [f"- `{'`, `'.join(fields)}`: {MARKS[source.status]}. {plain(source.source)}."
                   for source, fields in by_source.items() if source != main]
@@ -97,19 +98,26 @@ what the forward pass of one token uses. `gpt4lib params NAME` prints the same b
 
 
 def hardware() -> str:
-    from gpt4lib.specs.hardware import DeviceSpec
     rows = []
     for name in registry.names("devices"):
         device = DeviceSpec.preset(name)
         peak = device.peak.get("bf16", device.peak.get("fp16"))
         rows.append([f"`{name}`", fmt.bytes_si(device.memory_bytes),
-                     f"{fmt.bytes_si(device.memory_bandwidth)}/s",
+                     f"{fmt.bytes_si(device.memory_bandwidth, 4)}/s",
                      fmt.flop_rate(peak), f"{peak / device.memory_bandwidth:,.0f}",
                      f"{fmt.bytes_si(device.link_bandwidth)}/s", f"{device.power_watts:,.0f} W",
                      mark("devices", name)])
-    peaks = [[f"`{name}`", dtype, fmt.flop_rate(value)]
-             for name in registry.names("devices")
-             for dtype, value in DeviceSpec.preset(name).peak.items()]
+    formats = list(dict.fromkeys(dtype for name in registry.names("devices")
+                                 for dtype in DeviceSpec.preset(name).peak))
+    peaks = [[f"`{name}`", *(fmt.flop_rate(peak[f]) if f in peak else "–" for f in formats)]
+             for name, peak in ((n, DeviceSpec.preset(n).peak) for n in registry.names("devices"))]
+    clusters = []
+    for name in registry.names("clusters"):
+        cluster = ClusterSpec.preset(name)
+        network = f"{fmt.bytes_si(cluster.inter_node_bandwidth)}/s"
+        clusters.append([f"`{name}`", f"{cluster.n_devices:,}", f"`{cluster.device.name}`",
+                         f"{cluster.devices_per_node}", network,
+                         mark("clusters", name)])
     return f"""{NOTE}# Hardware table
 
 One accelerator a row: dense peaks (datasheets often print the sparse ones, twice as high), one
@@ -121,11 +129,17 @@ waits for memory.
        {1, 2, 3, 4, 5, 6})}
 ## Dense peaks by number format
 
-{table(["device", "format", "peak"], peaks, {2})}
+{table(["device", *formats], peaks, set(range(1, len(formats) + 1)))}
+## Clusters
+
+The network column is one device's share of the links between nodes, one direction.
+
+{table(["cluster", "devices", "of", "per node", "network", "status"], clusters, {1, 3, 4})}
 (device-sources)=
 ## Sources
 
-{sources("devices")}"""
+{sources("devices")}
+{sources("clusters")}"""
 
 
 def main() -> None:
