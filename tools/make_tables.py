@@ -1,4 +1,4 @@
-"""Write models.md and hardware.md from the presets; run it after changing one of them.
+"""Write models.md, hardware.md and the README's picture from the presets; run it after changing one.
 
     python tools/make_tables.py
 """
@@ -9,11 +9,14 @@ import sys
 from pathlib import Path
 
 from gpt4lib import format as fmt
+from gpt4lib import plotting
+from gpt4lib.analysis.memory import kv_cache_bytes
 from gpt4lib.analysis.parameters import parameters
 from gpt4lib.specs import registry
 from gpt4lib.specs.hardware import ClusterSpec, DeviceSpec
 from gpt4lib.specs.model import ModelSpec
 
+PICTURED = ("gpt-3-175b", "mixtral-8x7b", "gpt-4")
 ROOT = Path(__file__).resolve().parent.parent
 MARKS = {status: f'<span class="status status-{status}">{sign} {status}</span>'
          for status, sign in zip(registry.STATUSES, "●◐○")}
@@ -79,14 +82,17 @@ def models() -> str:
         shapes.append([f"`{name}`", f"{spec.n_layers}", f"{spec.d_model:,}", attention(spec),
                        ffn(spec), f"{spec.vocab_size:,}", f"{spec.context:,}"])
         counts.append([f"`{name}`", f"{count.total:,}", f"{count.active:,}",
-                       fmt.percent(count.active / count.total), mark("models", name)])
+                       fmt.percent(count.active / count.total),
+                       f"{kv_cache_bytes(spec, batch=1, context=1):,.0f}", mark("models", name)])
     return f"""{NOTE}# Model table
 
 Exact parameter counts of every model the library ships, by `gpt4lib.analysis.parameters`. Active is
-what the forward pass of one token uses. `gpt4lib params NAME` prints the same by part.
+what the forward pass of one token uses. KV bytes are what one more token of context adds to the
+cache, in 2-byte numbers. `gpt4lib params NAME` prints the same by part.
 
 {LEGEND.replace("SOURCES", "model-sources")}
-{table(["model", "total", "active", "active / total", "status"], counts, {1, 2, 3})}
+{table(["model", "total", "active", "active / total", "KV bytes / token", "status"], counts,
+       {1, 2, 3, 4})}
 ## Shapes
 
 {table(["model", "layers", "d_model", "query heads × head_dim, KV heads", "feed-forward width",
@@ -102,14 +108,13 @@ def hardware() -> str:
     for name in registry.names("devices"):
         device = DeviceSpec.preset(name)
         peak = device.peak.get("bf16", device.peak.get("fp16"))
-        rows.append([f"`{name}`", fmt.bytes_si(device.memory_bytes),
+        rows.append([f"`{name}`", mark("devices", name), fmt.bytes_si(device.memory_bytes),
                      f"{fmt.bytes_si(device.memory_bandwidth, 4)}/s",
                      fmt.flop_rate(peak), f"{peak / device.memory_bandwidth:,.0f}",
-                     f"{fmt.bytes_si(device.link_bandwidth)}/s", f"{device.power_watts:,.0f} W",
-                     mark("devices", name)])
+                     f"{fmt.bytes_si(device.link_bandwidth)}/s", f"{device.power_watts:,.0f} W"])
     formats = list(dict.fromkeys(dtype for name in registry.names("devices")
                                  for dtype in DeviceSpec.preset(name).peak))
-    peaks = [[f"`{name}`", *(fmt.flop_rate(peak[f]) if f in peak else "–" for f in formats)]
+    peaks = [[f"`{name}`", *(f"{peak[f] / 1e12:,g}" if f in peak else "–" for f in formats)]
              for name, peak in ((n, DeviceSpec.preset(n).peak) for n in registry.names("devices"))]
     clusters = []
     for name in registry.names("clusters"):
@@ -125,9 +130,9 @@ direction of its links. The ridge is peak over memory bandwidth in FLOP per byte
 waits for memory.
 
 {LEGEND.replace("SOURCES", "device-sources")}
-{table(["device", "memory", "bandwidth", "16-bit peak", "ridge", "links", "power", "status"], rows,
-       {1, 2, 3, 4, 5, 6})}
-## Dense peaks by number format
+{table(["device", "status", "memory", "bandwidth", "16-bit peak", "ridge", "links", "power"], rows,
+       {2, 3, 4, 5, 6, 7})}
+## Dense peaks by number format, in TFLOP/s
 
 {table(["device", *formats], peaks, set(range(1, len(formats) + 1)))}
 ## Clusters
@@ -142,8 +147,17 @@ The network column is one device's share of the links between nodes, one directi
 {sources("clusters")}"""
 
 
+def picture() -> str:
+    """The README's figure: who has how many parameters, and how many a token uses."""
+    counts = {name: parameters(ModelSpec.preset(name)) for name in PICTURED}
+    label = {name: f"{name}, as reported" if name == "gpt-4" else name for name in counts}
+    return plotting.svg(plotting.parameter_bar({label[n]: c.by_part for n, c in counts.items()},
+                                               {label[n]: c.active for n, c in counts.items()}))
+
+
 def main() -> None:
-    for name, text in (("models.md", models()), ("hardware.md", hardware())):
+    for name, text in (("models.md", models()), ("hardware.md", hardware()),
+                       ("_static/parameters.svg", picture())):
         (ROOT / name).write_text(text, "utf8")
         print(f"wrote {name}")
 

@@ -12,6 +12,7 @@ import io
 from typing import Callable
 
 import matplotlib
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
@@ -41,6 +42,7 @@ RC = {
     "xtick.labelsize": TEXT, "ytick.labelsize": TEXT,
     "text.color": GREY, "axes.labelcolor": GREY, "axes.edgecolor": GREY,
     "xtick.color": GREY, "ytick.color": GREY,
+    "axes.prop_cycle": cycler(color=[COLORS[m] for m in COLORS if m != "failure"]),
     "axes.spines.top": False, "axes.spines.right": False,
     "axes.facecolor": "none", "figure.facecolor": "none", "savefig.facecolor": "none",
     "figure.figsize": (WIDTH, 3.0), "figure.dpi": 96, "savefig.bbox": None,
