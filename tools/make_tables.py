@@ -1,4 +1,4 @@
-"""Write models.md, hardware.md and the README's picture from the presets; run it after changing one.
+"""Write models.md, hardware.md and the README picture from the presets; run it after changing one.
 
     python tools/make_tables.py
 """
