@@ -1,5 +1,6 @@
 """Every figure: the data it was given, the one palette, text large enough, and the same bytes each time."""
 
+import math
 import re
 import subprocess
 import sys
@@ -159,3 +160,28 @@ def test_spread_keeps_order_and_gap(values):
     placed = [moved[i] for i in order]
     assert all(b - a >= 1.0 - 1e-12 for a, b in zip(placed, placed[1:]))
     assert sum(moved) == pytest.approx(sum(values))     # groups move about their mean
+
+
+# Machado, Oliveira, Fernandes 2009, "A Physiologically-based Model for Simulation of Color Vision
+# Deficiency", table 1, severity 1.0; they act on linear RGB.
+SEEN_BY = {
+    "trichromat": ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
+    "deuteranope": ((0.367322, 0.860646, -0.227968), (0.280085, 0.672501, 0.047413),
+                    (-0.011820, 0.042940, 0.968881)),
+    "protanope": ((0.152286, 1.052583, -0.204868), (0.114503, 0.786281, 0.099216),
+                  (-0.003882, -0.048116, 1.051998)),
+}
+
+
+@pytest.mark.parametrize("eye", SEEN_BY)
+def test_hues_stay_apart_for_colour_blind_readers(eye):
+    def lab(color):
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(color)]
+        seen = [min(max(sum(m * c for m, c in zip(row, linear)), 0), 1) for row in SEEN_BY[eye]]
+        to_xyz = ((0.4339, 0.3762, 0.1899), (0.2126, 0.7152, 0.0722), (0.0177, 0.1095, 0.8729))
+        x, y, z = (f ** (1 / 3) if f > 0.008856 else 7.787 * f + 16 / 116
+                   for f in (sum(w * c for w, c in zip(row, seen)) for row in to_xyz))
+        return 116 * y - 16, 500 * (x - y), 200 * (y - z)
+    places = [lab(color) for color in style.COLORS.values()]
+    # CIE76: 2.3 is just noticeable; 10 is seen at a glance
+    assert min(math.dist(a, b) for i, a in enumerate(places) for b in places[:i]) > 10
