@@ -101,11 +101,10 @@ def layer_activation_bytes(spec: ModelSpec, plan: ParallelPlan, seq_len: int) ->
     width = spec.top_k * spec.d_expert + spec.d_shared if spec.is_moe else spec.d_ff
     kept_of_width = 3 if spec.gated_ffn else 2            # inputs and output of the activation
     copies = spec.top_k if spec.is_moe else 1             # a routed token is copied to each of its experts
-    replicated = 2 * d + 2 * d * copies                   # normalised inputs of the two blocks
-    norms = 2 * d                                         # inputs of the two norms
+    whole = 2 * d + d + d * copies                        # inputs of the two norms, and of the two blocks
     split = qkv + spec.n_heads * v_dim + kept_of_width * width
-    scores = 0 if plan.recompute == "selective" else 2 * spec.n_heads * seq_len
-    elements = (replicated / 2 + norms) / shared + (split + scores) / plan.tp
+    scores = 0 if plan.recompute == "selective" else spec.n_heads * seq_len
+    elements = whole / shared + (split + scores) / plan.tp
     return 2 * tokens * elements
 
 
