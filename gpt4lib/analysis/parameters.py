@@ -27,12 +27,18 @@ def feed_forward(spec: ModelSpec, width: int, bias: bool) -> int:
 
 
 def attention(spec: ModelSpec) -> int:
-    """Softmax attention with separate query, key, value and output projections."""
+    """Softmax attention with separate query, key, value and output projections.
+
+    Relative positions project a sinusoid to the query width and add two biases per channel (Dai et al. 2019,
+    arXiv:1901.02860, section 3.3).
+    """
     d, q, kv = spec.d_model, spec.q_width, spec.kv_width
     query = linear(d, q * (2 if spec.attention_gate else 1), spec.qkv_bias)
     key_value = 2 * linear(d, kv, spec.qkv_bias)
     qk_norm = {"none": 0, "head": 2 * spec.head_dim, "full": q + kv}[spec.qk_norm]
-    return query + key_value + linear(q, d, spec.out_bias) + qk_norm + (spec.n_heads if spec.sinks else 0)
+    relative = linear(d, q) + 2 * q if spec.positions == "relative" else 0
+    sinks = spec.n_heads if spec.sinks else 0
+    return query + key_value + linear(q, d, spec.out_bias) + qk_norm + relative + sinks
 
 
 def latent_attention(spec: ModelSpec, latent: LatentAttention) -> int:

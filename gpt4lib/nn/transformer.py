@@ -120,7 +120,7 @@ class Transformer(nn.Module):
 def _refuse_what_is_not_built(spec: ModelSpec) -> None:
     for bad, what, accepted in (
             ("linear" in spec.layer_kinds, "layer_kinds with 'linear'", "full or window"),
-            (spec.positions == "alibi", "positions='alibi'", "rotary, learned, none"),
+            (spec.positions in ("alibi", "relative"), f"positions={spec.positions!r}", "rotary, learned, none"),
             (spec.norms_per_layer not in (1, 2, 4), f"norms_per_layer={spec.norms_per_layer}", "1, 2, 4"),
             (spec.d_embed is not None, f"d_embed={spec.d_embed}", "an embedding as wide as d_model"),
             (spec.latent is not None and "window" in spec.layer_kinds, "latent attention with a window", "full"),

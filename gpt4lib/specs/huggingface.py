@@ -43,6 +43,8 @@ def count(c: Config, name: str, default: Any = REQUIRED) -> int:
 
 # --- what needs more than a look-up --------------------------------------------------------------------
 def _first_dense(c: Config) -> tuple[int, ...]:
+    if "mlp_layer_types" in c:
+        return tuple(i for i, kind in enumerate(c["mlp_layer_types"]) if kind == "sparse")
     return tuple(range(count(c, "first_k_dense_replace"), count(c, "num_hidden_layers")))
 
 
@@ -52,6 +54,16 @@ def _sparse_step(c: Config) -> tuple[int, ...]:
                  if step and i not in dense and (i + 1) % step == 0)
 
 
+def _interleaved(c: Config) -> tuple[int, ...]:
+    step = count(c, "interleave_moe_layer_step")
+    return tuple(Key("moe_layers", range(step - 1, count(c, "num_hidden_layers"), step or 1))(c))
+
+
+def _either(*names: str) -> Callable[[Config], Any]:
+    """The first of several spellings of one field."""
+    return lambda c: next((c[n] for n in names if c.get(n) is not None), None) or Key(names[0])(c)
+
+
 def _shared(c: Config) -> int:
     return count(c, "n_shared_experts", 0) * count(c, "moe_intermediate_size")
 
@@ -59,9 +71,12 @@ def _shared(c: Config) -> int:
 def _latent(c: Config) -> LatentAttention:
     indexer = None
     if "index_head_dim" in c:
-        # "index_topk_freq" n: a full indexer every n-th layer after the offset, the others reuse its choice.
+        # Every freq-th layer after an offset owns an indexer; the layers between reuse its choice.
+        n, freq = count(c, "num_hidden_layers"), max(count(c, "index_topk_freq", 1), 1)
+        offset = count(c, "index_skip_topk_offset", 2)
         kinds = c.get("indexer_types")
-        layers = None if kinds is None else sum(kind == "full" for kind in kinds)
+        layers = sum(max(i - offset + 1, 0) % freq == 0 for i in range(n)) if kinds is None else (
+            sum(kind == "full" for kind in kinds))
         indexer = Indexer(count(c, "index_n_heads"), count(c, "index_head_dim"), layers)
     return LatentAttention(kv_rank=Key("kv_lora_rank")(c), rope_dim=Key("qk_rope_head_dim")(c),
                            nope_dim=Key("qk_nope_head_dim")(c), v_dim=Key("v_head_dim")(c),
@@ -73,23 +88,33 @@ def _linear(c: Config) -> LinearAttention:
         "num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim", "conv_kernel_dim")))
 
 
-def _kinds(alternate: bool = False) -> Callable[[Config], tuple[str, ...] | None]:
-    """Layer kinds from `layer_types`; without it every second layer has the window, or none differs."""
+def _kinds(alternate: bool = False, hybrid: bool = False) -> Callable[[Config], tuple[str, ...] | None]:
+    """Layer kinds from `layer_types`. Without it: every second layer has the window (alternate), every
+    fourth has full attention among linear ones (hybrid), or none differs."""
     names = {"full_attention": "full", "sliding_attention": "window", "linear_attention": "linear",
              "chunked_attention": "window"}
 
     def kinds(c: Config) -> tuple[str, ...] | None:
-        listed = c.get("layer_types")
+        listed = c.get("layer_types") or None
         if listed is not None:
             unknown = sorted({str(t) for t in listed} - set(names))
             if unknown:
                 raise ValueError(f"field 'layer_types' holds {unknown}; accepted: {', '.join(names)}")
             return tuple(names[t] for t in listed)
         n = count(c, "num_hidden_layers")
-        if "full_attention_interval" in c:
-            return tuple("full" if (i + 1) % count(c, "full_attention_interval") == 0 else "linear" for i in range(n))
+        if hybrid:
+            step = count(c, "full_attention_interval", 4)
+            return tuple("full" if step and (i + 1) % step == 0 else "linear" for i in range(n))
         return tuple("full" if i % 2 else "window" for i in range(n)) if alternate else None
     return kinds
+
+
+def _chunked(c: Config) -> tuple[str, ...]:
+    """Llama 4: layers with rotary positions attend within a chunk, those without to everything."""
+    n = count(c, "num_hidden_layers")
+    step = count(c, "no_rope_layer_interval", 4)
+    rotary = c.get("no_rope_layers") or [(i + 1) % step != 0 for i in range(n)]
+    return tuple("window" if r else "full" for r in rotary)
 
 
 def _falcon_kv(c: Config) -> int:
@@ -132,13 +157,13 @@ MISTRAL = row(LLAMA, qkv_bias=False, out_bias=False, ffn_bias=False, window=Key(
 QWEN2 = row(LLAMA, qkv_bias=True, out_bias=False, ffn_bias=False, layer_kinds=_kinds(),
             window=lambda c: c.get("sliding_window") if c.get("use_sliding_window") else None)
 QWEN3 = row(LLAMA, ffn_bias=False, qk_norm="head", layer_kinds=_kinds(), window=QWEN2["window"])
-EXPERTS = row(n_experts=Key("num_experts"), top_k=Key("num_experts_per_tok"),
+EXPERTS = row(n_experts=_either("num_experts", "num_local_experts"), top_k=Key("num_experts_per_tok"),
               d_expert=Key("moe_intermediate_size"), moe_layers=_sparse_step)
 SHARED = row(d_shared=Key("shared_expert_intermediate_size"), shared_gate=True)
 DEEPSEEK = row(LLAMA, ffn_bias=False, latent=_latent, n_kv_heads=None, n_experts=Key("n_routed_experts"),
                top_k=Key("num_experts_per_tok"), d_expert=Key("moe_intermediate_size"), d_shared=_shared,
                moe_layers=_first_dense, head_dim=lambda c: count(c, "qk_nope_head_dim") + count(c, "qk_rope_head_dim"))
-HYBRID = row(QWEN3, linear=_linear, layer_kinds=_kinds(), attention_gate=True, window=None)
+HYBRID = row(QWEN3, linear=_linear, layer_kinds=_kinds(hybrid=True), attention_gate=True, window=None)
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": GPT2,
@@ -184,6 +209,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
                     top_k=Key("num_experts_per_tok"), moe_layers=_first_dense),
     "minimax_m2": row(LLAMA, qkv_bias=False, out_bias=False, ffn_bias=False, qk_norm="full",
                       n_experts=Key("num_local_experts"), top_k=Key("num_experts_per_tok")),
+    "llama4_text": row(LLAMA, ffn_bias=False, d_ff=Key("intermediate_size_mlp"), d_expert=Key("intermediate_size"),
+                       d_shared=Key("intermediate_size"), n_experts=Key("num_local_experts"),
+                       top_k=Key("num_experts_per_tok"), moe_layers=_interleaved, layer_kinds=_chunked,
+                       window=Key("attention_chunk_size")),
     "olmo2": row(LLAMA, ffn_bias=False, qk_norm="full"),
     "gemma2": row(LLAMA, ffn_bias=False, norms_per_layer=4, window=Key("sliding_window"),
                   layer_kinds=_kinds(alternate=True), tied=Key("tie_word_embeddings", True)),

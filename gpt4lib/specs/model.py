@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Mapping
 
 LAYER_KINDS = ("full", "window", "linear")
-POSITIONS = ("rotary", "learned", "alibi", "none")
+POSITIONS = ("rotary", "learned", "relative", "alibi", "none")
 NORMS = ("layernorm", "layernorm_nobias", "rmsnorm")
 QK_NORMS = ("none", "head", "full")
 

@@ -1,0 +1,108 @@
+"""The calculators of the pages: the very formula strings a browser evaluates, against the library.
+
+The formulas are plain arithmetic, valid in JavaScript and in Python alike; `_static/calculator.js`
+only evaluates them and formats the result.
+"""
+
+import html.parser
+import json
+import pathlib
+import random
+import re
+
+import pytest
+
+from gpt4lib.analysis.parameters import parameters
+from gpt4lib.specs.model import ModelSpec
+
+ROOT = pathlib.Path(__file__).parents[2]
+PLAIN = re.compile(r"[A-Za-z0-9_+\-*/(). ]+")
+
+
+class Form(html.parser.HTMLParser):
+    """Collects inputs, presets and formulas of one calculator form."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.inputs, self.presets, self.formulas, self.fallbacks = {}, {}, {}, {}
+        self._label, self._option, self._output = "", None, None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        if tag == "input":
+            self.inputs[attrs["name"]] = int(attrs["value"])
+        elif tag == "option":
+            self._option = attrs["value"]
+        elif tag == "p":
+            self._label = ""
+        elif tag == "output":
+            self._output = self._label.strip()
+            self.formulas[self._output] = attrs["data-formula"]
+
+    def handle_data(self, data):
+        if self._option:
+            self.presets[data.strip()] = json.loads(self._option)
+            self._option = None
+        elif self._output:
+            self.fallbacks[self._output] = data.strip()
+            self._output = None
+        else:
+            self._label += data
+
+
+def forms(notebook):
+    for cell in json.loads(notebook.read_text("utf8"))["cells"]:
+        for text in re.findall(r'<form class="calculator">.*?</form>', "".join(cell["source"]), re.S):
+            assert "\n\n" not in text, f"{notebook.name}: a blank line ends an HTML block"
+            yield Form(text)
+
+
+def spec(L, d, h, k, g, f, E, e):
+    dense = E == 1
+    return ModelSpec(name="form", n_layers=L, d_model=d, n_heads=h, n_kv_heads=g, head_dim=k, d_ff=f,
+                     n_experts=0 if dense else E, top_k=0 if dense else e, vocab_size=1, context=1)
+
+
+def expected(values):
+    count = parameters(spec(**values))
+    attention = count.by_part["attention"]
+    experts = count.by_part["experts"] or count.by_part["ffn"]
+    idle = count.total - count.active
+    total = attention + experts
+    return {"attention": attention, "one expert": experts // values["E"], "total": total,
+            "active": total - idle, "bf16 weights": 2 * total, "active share": (total - idle) / total}
+
+
+def test_chapter_1_formulas_are_the_library_s():
+    (form,) = forms(ROOT / "chapters" / "01_architecture.ipynb")
+    dice = random.Random(1)
+    cases = [form.inputs, *form.presets.values()]
+    for _ in range(50):
+        g = dice.randint(1, 8)
+        E = dice.randint(2, 64)
+        cases.append(dict(L=dice.randint(1, 100), d=dice.randint(1, 9999), g=g, h=g * dice.randint(1, 9),
+                          k=dice.randint(1, 256), f=dice.randint(1, 9999), E=E, e=dice.randint(1, E)))
+    for values in cases:
+        for label, value in expected(values).items():
+            assert PLAIN.fullmatch(form.formulas[label])
+            assert eval(form.formulas[label], {}, values) == value, (label, values)
+
+
+def test_chapter_1_presets_are_the_library_s():
+    (form,) = forms(ROOT / "chapters" / "01_architecture.ipynb")
+    assert form.inputs == form.presets["gpt-4"]
+    for name, v in form.presets.items():
+        m = ModelSpec.preset(name)
+        assert (v["L"], v["d"], v["h"], v["k"], v["g"], v["f"]) == (
+            m.n_layers, m.d_model, m.n_heads, m.head_dim, m.n_kv_heads, m.d_ff)
+        assert (v["E"], v["e"]) == (m.n_experts or 1, m.top_k or 1)
+
+
+def test_without_javascript_the_page_shows_the_first_preset():
+    (form,) = forms(ROOT / "chapters" / "01_architecture.ipynb")
+    units = {"T": 1e12, "B": 1e9, "TB": 1e12, "%": 0.01}
+    for label, text in form.fallbacks.items():
+        number, unit = text.split()
+        value = expected(form.inputs)[label]
+        assert float(number) * units[unit] == pytest.approx(value, rel=5e-3)     # printed digits
