@@ -5,6 +5,7 @@ import math
 import operator
 from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
+from functools import lru_cache
 
 Interval = tuple[float, float]
 
@@ -70,6 +71,7 @@ _FUNCTIONS = {
 }
 
 
+@lru_cache(maxsize=None)
 def _tree(expression: str) -> ast.expr:
     try:
         return ast.parse(expression.strip(), mode="eval").body

@@ -1,0 +1,144 @@
+"""The ledger for machines (`as_json`) and for a terminal (`table`, `detail`)."""
+
+import math
+import textwrap
+from collections.abc import Iterable
+from unicodedata import east_asian_width
+
+from gpt4lib.ledger.claims import Claim
+from gpt4lib.ledger.intervals import Interval
+from gpt4lib.ledger.judge import Judgement, judge, tally
+from gpt4lib.ledger.text import error, interval
+
+ICONS = {
+    "consistent": "✓",
+    "inconsistent": "✗",
+    "tension": "≈",
+    "underivable": "?",
+    "qualitative": "–",
+    "corrected": "✎",
+}
+
+
+def _plain(bounds: Interval | None) -> float | list[float | None] | None:
+    if bounds is None:
+        return None
+    low, high = (None if math.isinf(x) else x for x in bounds)
+    return low if low == high else [low, high]
+
+
+def worst_error(judgement: Judgement) -> float | None:
+    """Return the relative error of largest size among the checks; None where nothing is checked."""
+    errors = [c.relative_error for c in judgement.checks if c.relative_error is not None]
+    return max(errors, key=abs, default=None)
+
+
+def as_json(claim: Claim) -> dict:
+    """Return the claim and its verdict as plain values, figures in SI units.
+
+    `stated` and `recomputed` are a number, a range [low, high] (None for an open end) or None;
+    where a claim states several figures, they and `unit` are dicts by the name of the figure.
+    `relative_error` is stated / recomputed - 1, the largest of them.
+    """
+    judgement = judge(claim)
+    stated = {q.name: _plain(q.figure.nominal) for q in claim.quantities}
+    units = {q.name: q.unit for q in claim.quantities}
+    found = {c.quantity.name: _plain(c.recomputed) for c in judgement.checks}
+    if len(claim.quantities) < 2:
+        stated, units, found = (next(iter(d.values()), None) for d in (stated, units, found))
+    off = worst_error(judgement)
+    return {
+        "id": claim.id,
+        "section": claim.section,
+        "zh": claim.zh,
+        "en": claim.en,
+        "stated": stated,
+        "unit": units,
+        "recomputed": found,
+        "relative_error": None if off is None or math.isinf(off) else off,
+        "verdict": judgement.verdict,
+        "diagnosis": judgement.diagnosis or claim.note,
+        "status": claim.status,
+        "chapter": claim.chapter,
+    }
+
+
+def cells(claim: Claim, judgement: Judgement) -> tuple[str, str, str]:
+    """Return what is stated, what is recomputed, and the error, as text; figures split by "; "."""
+    several = len(claim.quantities) > 1
+
+    def label(name: str, text: str) -> str:
+        return f"{name} {text}" if several else text
+
+    stated = "; ".join(
+        label(q.name, interval(q.figure.nominal, q.unit)) for q in claim.quantities
+    )
+    checked = [c for c in judgement.checks if c.recomputed is not None]
+    recomputed = "; ".join(
+        label(c.quantity.name, interval(c.recomputed, c.quantity.unit)) for c in checked
+    )
+    return stated, recomputed, error(worst_error(judgement)) if checked else ""
+
+
+def _width(text: str) -> int:
+    return sum(2 if east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def _fit(text: str, width: int) -> str:
+    if _width(text) > width:
+        while _width(text) > width - 1:
+            text = text[:-1]
+        text += "…"
+    return text + " " * (width - _width(text))
+
+
+def table(claims: Iterable[Claim]) -> str:
+    """Return the claims as text, one line each, and the tally under them."""
+    claims = tuple(claims)
+    lines = [f"{'id':<4} {'verdict':<14} {'stated':<28} {'recomputed':<28} error"]
+    for claim in claims:
+        judgement = judge(claim)
+        stated, recomputed, off = cells(claim, judgement)
+        verdict = f"{ICONS[judgement.verdict]} {judgement.verdict}"
+        line = f"{_fit(claim.id, 4)} {_fit(verdict, 14)} "
+        if stated or recomputed:
+            line += f"{_fit(stated, 28)} {_fit(recomputed, 28)} {off}"
+        else:
+            line += _fit(claim.term_en or claim.en, 64)
+        lines.append(line.rstrip())
+    counted = ", ".join(f"{n} {verdict}" for verdict, n in tally(claims).items() if n)
+    return "\n".join([*lines, "", f"{len(claims)} claims: {counted}"])
+
+
+def detail(claim: Claim) -> str:
+    """Return everything the ledger knows of one claim, as text."""
+    judgement = judge(claim)
+    rows = [
+        (f"{claim.id}  {claim.section}", f"{ICONS[judgement.verdict]} {judgement.verdict}"),
+        ("notes", claim.zh),
+        ("in English", claim.en),
+        ("status", claim.status),
+    ]
+    for check in judgement.checks:
+        q = check.quantity
+        rows.append((q.name, f"stated {interval(q.figure.nominal, q.unit)}"))
+        if check.recomputed is not None:
+            mark = "agrees" if check.holds else "does not agree"
+            again = interval(check.recomputed, q.unit)
+            rows.append(("", f"= {q.follows}"))
+            rows.append(("", f"= {again} ({error(check.relative_error)}, {mark})"))
+    rows += [("implies", i.diagnosis) for i in judgement.implied if i.outcome == "fits"]
+    rows += [("diagnosis", part) for part in judgement.diagnosis.split("; ") if part]
+    rows += [("note", claim.note)] if claim.note else []
+    if claim.definition_en:
+        rows += [(claim.term_en, claim.definition_en), (claim.term_zh, claim.definition_zh)]
+    rows.append(("chapter", str(claim.chapter)))
+    lines = []
+    for name, text in rows:
+        head, *rest = textwrap.wrap(text, 76, break_on_hyphens=False) or [""]
+        if len(name) > 16:
+            lines.append(name)
+            name = ""
+        lines.append(f"{_fit(name, 16)} {head}")
+        lines += [f"{'':16} {line}" for line in rest]
+    return "\n".join(lines)
