@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from gpt4lib.ledger.intervals import ANY, Interval, evaluate, names, rounding
+from gpt4lib.specs import registry
 
 KINDS = ("quantity", "qualitative", "underivable", "glossary")
 
@@ -180,6 +181,17 @@ def _reading(row: dict) -> Reading:
     return Reading(**row | {"follows": tuple(row.get("follows", {}).items())})
 
 
+def _constant(unit: str, value: float = 0, source: str = "", preset: str = "") -> Constant:
+    if not preset:
+        return Constant(value, unit, source)
+    kind, name, *path = preset.split("/")
+    found = registry.load(kind, name)
+    for key in path:
+        found = found[key]
+    origin = registry.provenance(kind, name)[path[0]]
+    return Constant(found, unit, f"{origin.source} ({origin.status})")
+
+
 @lru_cache(maxsize=1)
 def _ledger() -> tuple[tuple[Claim, ...], Figures]:
     here = Path(__file__).parent
@@ -200,7 +212,7 @@ def _ledger() -> tuple[tuple[Claim, ...], Figures]:
                 **{"status": "reported", "chapter": chapter} | row,
             )
         )
-    constants = {name: Constant(**row) for name, row in body["constants"].items()}
+    constants = {name: _constant(**row) for name, row in body["constants"].items()}
     return tuple(claims), Figures(claims, constants, body["derived"])
 
 

@@ -12,8 +12,6 @@ from gpt4lib.ledger.intervals import Interval, evaluate, names, overlaps
 _FREE: Interval = (1e-30, 1e30)
 _DOMAINS: dict[str, Interval] = {
     "mfu": (1e-9, 1.0),
-    "mfu_serving": (1e-9, 1.0),
-    "layers_per_node": (1.0, 8.0),
 }
 
 
@@ -57,7 +55,7 @@ def _set(name: str, *relations: tuple[str, str, str]) -> Constraint:
 _COMPUTE = ("C", "6 * N_active * D", "FLOP")
 _TIME = ("C", "n_gpus * days * a100_peak * mfu", "FLOP")
 _MONEY = ("cost_train", "n_gpus * days * price_a100", "USD")
-_NODE = ("node_params", "N * layers_per_node / L", "parameters")
+_NODE = ("node_params", "at_most(8 * N / L)", "parameters")
 
 CONSTRAINTS = (
     _set("experts, expert size, attention, total", ("N_stated", "N", "parameters")),
@@ -81,9 +79,9 @@ CONSTRAINTS = (
     _set("parameters per node, bytes per GPU",
          ("weights_infer", "2 * node_params / gpus_per_node", "bytes")),
     _set("A100 cost per token, MFU at most 1",
-         ("cost_a100", "2 * N_active * price_a100 / (a100_peak * mfu_serving)", "USD/token")),
+         ("cost_a100", "at_least(2 * N_active * price_a100 / a100_peak)", "USD/token")),
     _set("H100 cost per token, MFU at most 1",
-         ("cost_h100", "2 * N_active * price_h100 / (h100_peak * mfu_serving)", "USD/token")),
+         ("cost_h100", "at_least(2 * N_active * price_h100 / h100_peak)", "USD/token")),
     _set("KV cache, batch, context, multi-query GPT-4",
          ("kv_stated", "kv_mqa * kv_batch * kv_context", "bytes")),
     _set("bytes per visual and text token, IO ratio",

@@ -141,7 +141,7 @@ def _read(claim: Claim, known: Figures) -> str:
         if outcome.verdict != "consistent":
             continue
         if reading.subject:
-            values = "; ".join(
+            values = ", ".join(
                 f"{c.quantity.name} {interval(c.recomputed, c.quantity.unit)}"
                 for c in outcome.checks
                 if c.recomputed

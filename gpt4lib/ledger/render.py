@@ -3,8 +3,8 @@
 import math
 import textwrap
 from collections.abc import Iterable
-from unicodedata import east_asian_width
 
+from gpt4lib import format
 from gpt4lib.ledger.claims import Claim
 from gpt4lib.ledger.intervals import Interval
 from gpt4lib.ledger.judge import Judgement, judge, tally
@@ -57,7 +57,7 @@ def as_json(claim: Claim) -> dict:
         "recomputed": found,
         "relative_error": None if off is None or math.isinf(off) else off,
         "verdict": judgement.verdict,
-        "diagnosis": judgement.diagnosis or claim.note,
+        "diagnosis": "; ".join(filter(None, (judgement.diagnosis, claim.note))),
         "status": claim.status,
         "chapter": claim.chapter,
     }
@@ -80,16 +80,12 @@ def cells(claim: Claim, judgement: Judgement) -> tuple[str, str, str]:
     return stated, recomputed, error(worst_error(judgement)) if checked else ""
 
 
-def _width(text: str) -> int:
-    return sum(2 if east_asian_width(c) in "WF" else 1 for c in text)
-
-
 def _fit(text: str, width: int) -> str:
-    if _width(text) > width:
-        while _width(text) > width - 1:
+    if format.width(text) > width:
+        while format.width(text) > width - 1:
             text = text[:-1]
         text += "…"
-    return text + " " * (width - _width(text))
+    return text + " " * (width - format.width(text))
 
 
 def table(claims: Iterable[Claim]) -> str:
@@ -128,7 +124,7 @@ def detail(claim: Claim) -> str:
             rows.append(("", f"= {q.follows}"))
             rows.append(("", f"= {again} ({error(check.relative_error)}, {mark})"))
     rows += [("implies", i.diagnosis) for i in judgement.implied if i.outcome == "fits"]
-    rows += [("diagnosis", part) for part in judgement.diagnosis.split("; ") if part]
+    rows += [("diagnosis", judgement.diagnosis)] if judgement.diagnosis else []
     rows += [("note", claim.note)] if claim.note else []
     if claim.definition_en:
         rows += [(claim.term_en, claim.definition_en), (claim.term_zh, claim.definition_zh)]

@@ -1,44 +1,44 @@
-"""Figures of the ledger as short text."""
+"""Figures of the ledger as short text: `gpt4lib.format` with four digits and no idle zeros."""
 
 import math
+import re
 
+from gpt4lib import format
 from gpt4lib.ledger.intervals import Interval
 
-_PREFIXES = ((1e24, "Y"), (1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"),
-             (1e6, "M"), (1e3, "k"))  # fmt: skip
-_PREFIXED = ("FLOP", "FLOP/s", "bytes", "bytes/s")
-_SCALES = ((1e12, "T"), (1e9, "B"), (1e6, "M"))
+
+def _trim(text: str) -> str:
+    return re.sub(r"(\.\d*?)0+(?=\D|$)", lambda m: m[1].rstrip("."), text)
 
 
 def _number(x: float) -> str:
-    if x == 0 or x.is_integer() and abs(x) < 1e5:
-        return f"{x:,.0f}"
-    if abs(x) >= 1000:
+    if abs(x) >= 1000 or float(x).is_integer():
         return f"{x:,.0f}"
     return f"{x:.4g}" if abs(x) >= 1e-3 else f"{x:.3g}"
 
 
 def value(x: float, unit: str) -> str:
     """Write one value: 2.8e11 parameters -> "280 B parameters", 7776000 s -> "90 days"."""
-    if unit in ("ratio", "dimension", "probability"):
-        return _number(x)
-    if unit == "fraction":
-        return f"{_number(float(f'{100 * x:.4g}'))} %"
-    if unit == "s":
-        return f"{_number(x / 86400)} days" if abs(x) >= 86400 else f"{_number(x)} s"
-    if unit == "USD/s":
-        return f"${_number(round(x * 3600, 9))}/h"
-    if unit == "USD/token":
-        return f"${x * 1000:.3g} per 1k tokens"
-    if unit == "USD":
-        scale, letter = next((s for s in _SCALES if abs(x) >= s[0]), (1, ""))
-        return f"${_number(x / scale)} {letter}".rstrip()
-    if unit in _PREFIXED:
-        scale, letter = next((s for s in _PREFIXES if abs(x) >= s[0]), (1, ""))
-        head, *rest = unit.replace("bytes", "B" if letter else "bytes").split("/")
-        return f"{_number(x / scale)} {letter}{'/'.join([head, *rest])}"
-    scale, letter = next((s for s in _SCALES if abs(x) >= s[0]), (1, ""))
-    return f"{_number(x / scale)} {letter} {unit}".replace("  ", " ")
+    match unit:
+        case "ratio" | "dimension" | "probability":
+            return _number(x)
+        case "fraction":
+            return f"{_number(float(f'{100 * x:.4g}'))} %"
+        case "s":
+            return f"{_number(x / 86400)} days" if abs(x) >= 86400 else f"{_number(x)} s"
+        case "USD/s":
+            return f"${_number(round(x * 3600, 9))}/h"
+        case "USD/token":
+            # Never an exponent: the slip between dollars and cents is read off the zeros.
+            places = max(0, 2 - math.floor(math.log10(x * 1000)))
+            return f"${_trim(f'{x * 1000:.{places}f}')} per 1k tokens"
+        case "USD":
+            return _trim(format.dollars(x, 4))
+        case "FLOP":
+            return f"{x:.4g} FLOP".replace("e+", "e") if x >= 1e18 else _trim(format.flop(x, 4))
+        case "bytes":
+            return _trim(format.bytes_si(x, 4))
+    return f"{_number(x) if abs(x) < 1e6 else _trim(format.count(x, 4))} {unit}"
 
 
 def interval(bounds: Interval | None, unit: str) -> str:
@@ -59,13 +59,13 @@ def interval(bounds: Interval | None, unit: str) -> str:
 
 
 def error(relative: float | None) -> str:
-    """Write a relative error: as a factor beyond tenfold, else in percent."""
+    """Write a relative error: as a factor beyond fivefold, else in percent."""
     if relative is None:
         return "–"
     if math.isinf(relative):
         return "∞"
-    if relative >= 9:
-        return f"×{_number(relative + 1)}"
-    if relative <= -0.9 and relative > -1:
-        return f"÷{_number(1 / (1 + relative))}"
+    if relative >= 4:
+        return f"×{_number(float(f'{relative + 1:.4g}'))}"
+    if -1 < relative <= -0.8:
+        return f"÷{_number(float(f'{1 / (1 + relative):.4g}'))}"
     return f"{100 * relative:+.1f} %" if abs(relative) >= 5e-4 else "0 %"
