@@ -110,7 +110,8 @@ def _check(quantity: Quantity, claim: Claim, known: Figures) -> Check:
 def _imply(implication: Implication, known: Figures) -> Implied:
     near, wide = known.lookup(wide=False), known.lookup(wide=True)
     value, meant = evaluate(implication.follows, near), evaluate(implication.follows, wide)
-    text = f"{implication.name} {interval(value, implication.unit)}"
+    shown = interval(value, implication.unit)
+    text = f"{implication.name} {shown}"
     if implication.limit and not overlaps(meant, limit := evaluate(implication.limit, near)):
         bound = f"above {limit[1]:.3g}" if meant[0] > limit[1] else f"below {limit[0]:.3g}"
         return Implied(implication, value, "impossible", f"impossible: implies {text}, {bound}")
@@ -121,7 +122,7 @@ def _imply(implication: Implication, known: Figures) -> Implied:
         )
     if implication.whole and not value[0].is_integer():
         return Implied(implication, value, "out of band", f"needs {text}: not a whole number")
-    return Implied(implication, value, "fits", text)
+    return Implied(implication, value, "fits", f"{implication.name}: {shown}")
 
 
 def _read(claim: Claim, known: Figures) -> str:

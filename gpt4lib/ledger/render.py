@@ -68,7 +68,7 @@ def cells(claim: Claim, judgement: Judgement) -> tuple[str, str, str]:
     several = len(claim.quantities) > 1
 
     def label(name: str, text: str) -> str:
-        return f"{name} {text}" if several else text
+        return f"{name}: {text}" if several and not text.endswith(name) else text
 
     stated = "; ".join(
         label(q.name, interval(q.figure.nominal, q.unit)) for q in claim.quantities

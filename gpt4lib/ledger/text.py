@@ -36,6 +36,10 @@ def value(x: float, unit: str) -> str:
             return _trim(format.dollars(x, 4))
         case "FLOP":
             return f"{x:.4g} FLOP".replace("e+", "e") if x >= 1e18 else _trim(format.flop(x, 4))
+        case "FLOP/s":
+            return _trim(format.flop_rate(x, 4))
+        case "bytes/s":
+            return f"{_trim(format.bytes_si(x, 4))}/s"
         case "bytes":
             return _trim(format.bytes_si(x, 4))
     return f"{_number(x) if abs(x) < 1e6 else _trim(format.count(x, 4))} {unit}"
