@@ -1,4 +1,4 @@
-"""What a device and a cluster *are*: dense peaks, memory, links."""
+"""What a device and a cluster *are*: dense peaks, memory, links. FLOP/s, bytes, bytes/s and watts as plain numbers."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ class DeviceSpec:
         for dtype, rate in self.peak.items():
             dtype_bytes(dtype)
             _positive(self.name, f"peak[{dtype}]", rate)
+        object.__setattr__(self, "peak", dict(self.peak))      # a preset's table is shared: never hand it out
 
     def peak_flop_rate(self, dtype: str) -> float:
         """Dense FLOP/s for a dtype; ValueError where the device has no such units."""
@@ -79,6 +80,7 @@ class ClusterSpec:
 
     @classmethod
     def preset(cls, name: str) -> "ClusterSpec":
+        """A cluster shipped with the library, e.g. "dgx-a100"; ValueError names the known ones."""
         values = registry.load("clusters", name)
         return cls(name=name, **{**values, "device": DeviceSpec.preset(values["device"])})
 

@@ -229,11 +229,12 @@ class ModelSpec:
     def with_(self, **changes: Any) -> "ModelSpec":
         """A copy with some fields changed, validated again.
 
-        A new n_layers repeats the layer kind when all layers are alike; where they differ,
+        A new n_layers or window is spread over all layers when they are alike; where they differ,
         give layer_kinds and moe_layers too. head_dim, n_kv_heads and d_expert stay unless given.
         """
-        if "n_layers" in changes and len(set(self.layer_kinds)) == 1:
-            changes.setdefault("layer_kinds", self.layer_kinds[:1] * changes["n_layers"])
+        if {"n_layers", "window"} & set(changes) and len(set(self.layer_kinds)) == 1:
+            linear = self.layer_kinds[0] == "linear"
+            changes.setdefault("layer_kinds", ("linear",) * changes.get("n_layers", self.n_layers) if linear else None)
         return replace(self, **changes)
 
     # --- where specs come from ---------------------------------------------------------------------

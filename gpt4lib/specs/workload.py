@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gpt4lib.specs.hardware import ClusterSpec
 from gpt4lib.specs.model import ModelSpec
 
 RECOMPUTE = ("none", "selective", "full")
@@ -11,7 +12,7 @@ RECOMPUTE = ("none", "selective", "full")
 
 @dataclass(frozen=True)
 class ParallelPlan:
-    """Degrees of parallelism and what goes with them.
+    """Degrees of parallelism and what goes with them. Raises ValueError, one line, on nonsense.
 
     tp, pp, dp, ep, cp: tensor, pipeline, data, expert and context parallel degrees; experts are spread
     over data-parallel ranks, so ep divides dp and adds no devices. `zero_stage` 0-3 shards optimizer, then
@@ -33,10 +34,12 @@ class ParallelPlan:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name}={value!r} is not accepted; give an integer >= 1")
-        if self.zero_stage not in (0, 1, 2, 3):
+        if type(self.zero_stage) is not int or self.zero_stage not in (0, 1, 2, 3):
             raise ValueError(f"zero_stage={self.zero_stage!r} is not accepted; give 0, 1, 2 or 3")
         if self.recompute not in RECOMPUTE:
             raise ValueError(f"recompute={self.recompute!r} is not known; accepted: {', '.join(RECOMPUTE)}")
+        if type(self.sequence_parallel) is not bool:
+            raise ValueError(f"sequence_parallel={self.sequence_parallel!r} is not accepted; give True or False")
         if self.dp % self.ep:
             raise ValueError(f"dp={self.dp} is not divisible by ep={self.ep}; experts are spread over "
                              f"data-parallel ranks")
@@ -45,10 +48,27 @@ class ParallelPlan:
     def n_devices(self) -> int:
         return self.tp * self.pp * self.dp * self.cp
 
+    @property
+    def global_batch(self) -> int:
+        """Sequences in one optimizer step, over all replicas."""
+        return self.micro_batch * self.n_micro_batches * self.dp
+
+    def check_cluster(self, cluster: ClusterSpec) -> None:
+        """ValueError, one line, if the cluster has too few devices for this plan."""
+        if self.n_devices > cluster.n_devices:
+            cp = f" x cp={self.cp}" if self.cp > 1 else ""
+            raise ValueError(f"tp={self.tp} x pp={self.pp} x dp={self.dp}{cp} needs {self.n_devices:,} devices, "
+                             f"cluster {cluster.name} has {cluster.n_devices:,}; lower one of the degrees")
+
     def check(self, spec: ModelSpec) -> None:
         """ValueError, one line, if this plan cannot hold the model."""
-        if spec.n_heads % self.tp:
-            raise ValueError(f"n_heads={spec.n_heads} is not divisible by tp={self.tp}; choose a tp that divides it")
+        for name in ("n_heads", "d_ff" if spec.n_dense_layers else "d_expert", "d_shared"):
+            value = getattr(spec, name)
+            if value % self.tp:
+                raise ValueError(f"{name}={value} is not divisible by tp={self.tp}; choose a tp that divides it")
+        if spec.latent is None and spec.n_kv_heads % self.tp and self.tp % spec.n_kv_heads:
+            raise ValueError(f"n_kv_heads={spec.n_kv_heads} neither divides nor is divided by tp={self.tp}; "
+                             f"key/value heads are split or copied evenly")
         if self.pp > spec.n_layers:
             raise ValueError(f"pp={self.pp} is more than n_layers={spec.n_layers}; a stage needs a layer")
         if self.ep > 1 and (not spec.is_moe or spec.n_experts % self.ep):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 import time
@@ -44,6 +45,30 @@ def test_every_row_of_the_notes_is_here_once():
     ids = [c.id for c in ledger.load()]
     assert sorted(ids) == sorted(IDS)
     assert len(ids) == len(set(ids)) == 123
+
+
+def test_stated_figures_are_those_of_the_chinese_text():
+    """Parse 180万亿, 2150 万, 130B, 8k ...: what is stated in SI is what the fragment says."""
+    scales = {"万亿": 1e12, "亿": 1e8, "万": 1e4, "B": 1e9, "TFLOPs": 1e12, "GB": 1e9, "TB": 1e12,
+              "k": 1024, "%": 0.01, "": 1}  # fmt: skip
+    units = {"s": 86400, "USD/s": 1 / 3600, "USD/token": 1e-5}
+    # Figures the sentence holds only by meaning: none at all, or those of the sentence before.
+    elsewhere = {"O8", "S2", "A7", "I4"}
+    pattern = r"(\d+(?:\.\d+)?(?:e\d+)?)\s?(万亿|亿|万|TFLOPs|GB|TB|B|k|%)?"
+    compared = 0
+    for c in ledger.load():
+        said = [float(n) * scales[s] for n, s in re.findall(pattern, c.zh)]
+        for q in c.quantities:
+            ends = {x for x in q.figure.nominal if math.isfinite(x)}
+            comparison = ends == {1.0} and not math.isfinite(sum(q.figure.nominal))
+            if comparison or c.id in elsewhere or c.id in ("O2", "Q3") and "memory" != q.name:
+                continue
+            for x in ends:
+                printed = x / units.get(q.unit, 1)
+                # 1e-9: the unit factors are not exact in binary.
+                assert any(abs(printed - y) <= 1e-9 * abs(y) for y in said), (c.id, q.name, x)
+                compared += 1
+    assert compared > 50
 
 
 def test_rows_are_filled():
