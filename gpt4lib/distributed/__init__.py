@@ -1,0 +1,1 @@
+"""Parallelism that really runs, one file a dimension."""
