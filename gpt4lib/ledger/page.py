@@ -63,7 +63,9 @@ def _chapters(root: Path) -> dict[int, str]:
 
 def _row(claim: Claim, chapters: dict[int, str]) -> str:
     judgement = judge(claim)
-    stated, recomputed, off = (_cell(c).replace("; ", "<br>") for c in cells(claim, judgement))
+    stated, recomputed = (
+        "<br>".join(map(_cell, lines)) for lines in cells(claim, judgement, errors=True)
+    )
     why = [judgement.diagnosis] if judgement.diagnosis else []
     why += [claim.note] if claim.note else []
     why += [f"It follows: {i.diagnosis}." for i in judgement.implied if i.outcome == "fits"]
@@ -74,12 +76,12 @@ def _row(claim: Claim, chapters: dict[int, str]) -> str:
     name = f"Chapter {claim.chapter}"
     if claim.chapter in chapters:
         name = f"[{name}]({chapters[claim.chapter]})"
-    head = f"[{claim.id}]{{#claim-{claim.id.lower()}}}"
+    head = f"**[{claim.id}]{{#claim-{claim.id.lower()}}}**"
     said = f"{_cell(claim.en)}<br>{_cell(claim.zh)}"
     status = f"[{claim.status}]{{.status .status-{claim.status}}}"
     return (
         f"| {head} {said}<br>{status} | {_verdict(judgement.verdict)} | {stated} | {recomputed} "
-        f"| {off} | {text}{'<br>' if text else ''}{name} |"
+        f"| {text}{'<br>' if text else ''}{name} |"
     )
 
 
@@ -113,8 +115,8 @@ def page(root: Path = Path(".")) -> str:
     for section, rows in groupby(load(), key=lambda c: c.section):
         lines += [
             f"## {section}\n",
-            "| Claim | Verdict | Stated | Recomputed | Error | Why |",
-            "|:--|:--|:--|:--|--:|:--|",
+            "| Claim | Verdict | Stated | Recomputed (error) | Why |",
+            "|:--|:--|:--|:--|:--|",
             *(_row(claim, chapters) for claim in rows),
             "",
         ]

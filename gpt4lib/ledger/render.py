@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from gpt4lib import format
 from gpt4lib.ledger.claims import Claim
 from gpt4lib.ledger.intervals import Interval
-from gpt4lib.ledger.judge import Judgement, judge, tally
+from gpt4lib.ledger.judge import Check, Judgement, judge, tally
 from gpt4lib.ledger.text import error, interval
 
 ICONS = {
@@ -63,21 +63,26 @@ def as_json(claim: Claim) -> dict:
     }
 
 
-def cells(claim: Claim, judgement: Judgement) -> tuple[str, str, str]:
-    """Return what is stated, what is recomputed, and the error, as text; figures split by "; "."""
+def cells(
+    claim: Claim, judgement: Judgement, errors: bool = False
+) -> tuple[list[str], list[str]]:
+    """Return what is stated and what is recomputed as text, an entry per figure."""
     several = len(claim.quantities) > 1
 
     def label(name: str, text: str) -> str:
         return f"{name}: {text}" if several and not text.endswith(name) else text
 
-    stated = "; ".join(
-        label(q.name, interval(q.figure.nominal, q.unit)) for q in claim.quantities
-    )
-    checked = [c for c in judgement.checks if c.recomputed is not None]
-    recomputed = "; ".join(
-        label(c.quantity.name, interval(c.recomputed, c.quantity.unit)) for c in checked
-    )
-    return stated, recomputed, error(worst_error(judgement)) if checked else ""
+    def off(check: Check) -> str:
+        bound = not all(map(math.isfinite, check.quantity.figure.nominal)) and check.holds
+        return "" if bound or not errors else f" ({error(check.relative_error)})"
+
+    stated = [label(q.name, interval(q.figure.nominal, q.unit)) for q in claim.quantities]
+    recomputed = [
+        label(c.quantity.name, interval(c.recomputed, c.quantity.unit)) + off(c)
+        for c in judgement.checks
+        if c.recomputed is not None
+    ]
+    return stated, recomputed
 
 
 def _fit(text: str, width: int) -> str:
@@ -94,7 +99,8 @@ def table(claims: Iterable[Claim]) -> str:
     lines = [f"{'id':<4} {'verdict':<14} {'stated':<28} {'recomputed':<28} error"]
     for claim in claims:
         judgement = judge(claim)
-        stated, recomputed, off = cells(claim, judgement)
+        stated, recomputed = map("; ".join, cells(claim, judgement))
+        off = error(worst_error(judgement)) if recomputed else ""
         verdict = f"{ICONS[judgement.verdict]} {judgement.verdict}"
         line = f"{_fit(claim.id, 4)} {_fit(verdict, 14)} "
         if stated or recomputed:
