@@ -62,8 +62,11 @@ class ParallelPlan:
 
     def check(self, spec: ModelSpec) -> None:
         """ValueError, one line, if this plan cannot hold the model."""
-        for name in ("n_heads", "d_ff" if spec.n_dense_layers else "d_expert", "d_shared"):
-            value = getattr(spec, name)
+        split = {"n_heads": spec.n_heads, "d_ff": spec.d_ff if spec.n_dense_layers else 0,
+                 "d_expert": spec.d_expert or 0, "d_shared": spec.d_shared}
+        if "linear" in spec.layer_kinds:
+            split |= {"linear.n_key_heads": spec.linear.n_key_heads, "linear.n_value_heads": spec.linear.n_value_heads}
+        for name, value in split.items():
             if value % self.tp:
                 raise ValueError(f"{name}={value} is not divisible by tp={self.tp}; choose a tp that divides it")
         if spec.latent is None and spec.n_kv_heads % self.tp and self.tp % spec.n_kv_heads:
