@@ -14,7 +14,7 @@ def _scaled(value: float, prefixes: Sequence[str], base: float, digits: int) -> 
     if not math.isfinite(value):
         return str(value)
     step, size = 0, abs(value)
-    while step < len(prefixes) - 1 and float(f"{size:.{digits}g}") >= base:
+    while step < len(prefixes) - 1 and (size >= base or float(f"{size:.{digits}g}") >= base):
         size, step = size / base, step + 1
     shown = math.copysign(size, value)
     if step == 0 and float(shown).is_integer():
