@@ -6,24 +6,34 @@ from gpt4lib.analysis import flops, memory, roofline
 from gpt4lib.analysis.parameters import parameters
 from gpt4lib.specs.hardware import DeviceSpec, dtype_bytes
 from gpt4lib.specs.model import ModelSpec
+from gpt4lib.specs.workload import ParallelPlan
 
 
-def decode_bytes(spec: ModelSpec, batch: int, context: int, dtype: str = "bf16", kv_dtype: str = "bf16") -> float:
-    """Bytes one step of `batch` sequences reads: shared weights, the distinct experts, the KV cache.
-
-    The embedding is a look-up of `batch` rows and is left out; a tied table is read once, as the head.
-    """
+def weights_read(spec: ModelSpec, batch):
+    """Parameters a decode step of `batch` tokens reads: everything shared, and the distinct experts it
+    touches. The embedding is a look-up of `batch` rows and is left out; a tied table is read once, as the head."""
     count = parameters(spec)
     touched = (roofline.distinct_experts(spec.n_experts, spec.top_k, batch) / spec.n_experts
                if spec.is_moe else 0)
-    skipped = 0 if spec.tied else count.by_part["embedding"]
-    weights = count.total - skipped - count.by_part["positions"] - (1 - touched) * count.by_part["experts"]
-    return weights * dtype_bytes(dtype) + memory.kv_cache_bytes(spec, batch, context, kv_dtype)
+    looked_up = count.by_part["positions"] + (0 if spec.tied else count.by_part["embedding"])
+    return count.total - looked_up - (1 - touched) * count.by_part["experts"]
 
 
-def decode_step(spec: ModelSpec, device: DeviceSpec, n_devices: int, batch: int, context: int,
-                dtype: str = "bf16") -> roofline.Time:
-    """Roofline of one step on n_devices that share bytes and arithmetic evenly; no communication."""
-    t = roofline.time(device, dtype, flops.decode(spec, batch, context).total,
-                      decode_bytes(spec, batch, context, dtype))
-    return roofline.Time(t.seconds / n_devices, t.bound_by)
+def decode_bytes(spec: ModelSpec, batch, context, dtype: str = "bf16", kv_dtype: str = "bf16", tp: int = 1):
+    """Bytes one step of `batch` sequences reads on one of tp ranks: its share of the weights, and its KV
+    cache once, at the context it has now. States of linear layers are read and written back."""
+    cache = memory.kv_cache_bytes(spec, batch, context, kv_dtype, tp)
+    state = 2 * memory.linear_state_bytes(spec, batch, tp=tp)
+    return weights_read(spec, batch) * dtype_bytes(dtype) / tp + cache + state
+
+
+def decode_step(spec: ModelSpec, device: DeviceSpec, plan: ParallelPlan, batch: int, context: int,
+                dtype: str = "bf16", kv_dtype: str = "bf16") -> roofline.Time:
+    """Roofline of one new token for each of `batch` sequences of one replica, with no communication.
+
+    Tensor parallelism divides it. Pipeline stages work one after the other, so pp leaves the latency of a
+    token as it is and multiplies how many batches are under way: each stage is free again after 1/pp of it.
+    """
+    plan.check(spec)
+    flop = flops.decode(spec, batch, context, absorbed=spec.latent is not None).total / plan.tp
+    return roofline.time(device, dtype, flop, decode_bytes(spec, batch, context, dtype, kv_dtype, plan.tp))

@@ -1,13 +1,16 @@
-"""How many bytes: weights, KV cache, and what one device holds while training."""
+"""How many bytes: weights, KV cache, and what one device holds while training or serving."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from gpt4lib.analysis.parameters import parameters
+from gpt4lib.analysis.elementwise import least
+from gpt4lib.analysis.parameters import linear, parameters
 from gpt4lib.specs.hardware import DeviceSpec, dtype_bytes
 from gpt4lib.specs.model import ModelSpec
 from gpt4lib.specs.workload import ParallelPlan
+
+ADAM_BYTES = 12          # an fp32 master copy and two fp32 moments; Rajbhandari et al. 2020, section 3.1
 
 
 def weight_bytes(spec: ModelSpec, dtype: str = "bf16") -> float:
@@ -15,26 +18,32 @@ def weight_bytes(spec: ModelSpec, dtype: str = "bf16") -> float:
     return parameters(spec).total * dtype_bytes(dtype)
 
 
-def kv_cache_bytes(spec: ModelSpec, batch: int, context: int, dtype: str = "bf16", tp: int = 1) -> float:
+def kv_cache_bytes(spec: ModelSpec, batch, context, dtype: str = "bf16", tp: int = 1):
     """KV-cache bytes of `batch` sequences of `context` tokens, on one tensor-parallel rank of all layers.
 
     Ordinary attention keeps a key and a value of n_kv_heads * head_dim a token; below tp heads the heads
     are replicated, so a rank never holds less than one. Latent attention keeps kv_rank + rope_dim, whole on
     every rank. A windowed layer keeps at most its window. A linear layer keeps a state instead: none here,
-    see `linear_state_bytes`.
+    see `linear_state_bytes`. batch and context may be arrays.
     """
     heads = -(-spec.n_kv_heads // tp)
     a_token = spec.latent.kv_rank + spec.latent.rope_dim if spec.latent else 2 * heads * spec.head_dim
-    kept = {"full": context, "window": min(context, spec.window or context), "linear": 0}
-    return batch * a_token * sum(kept[kind] for kind in spec.layer_kinds) * dtype_bytes(dtype)
+    kinds = spec.layer_kinds
+    kept = kinds.count("full") * context
+    if "window" in kinds:
+        kept = kept + kinds.count("window") * least(context, spec.window)
+    return batch * a_token * kept * dtype_bytes(dtype)
 
 
-def linear_state_bytes(spec: ModelSpec, batch: int, dtype: str = "fp32") -> float:
-    """Bytes of the fixed-size states of linear-attention layers; independent of the context."""
-    if spec.linear is None:
+def linear_state_bytes(spec: ModelSpec, batch, dtype: str = "fp32", tp: int = 1):
+    """Bytes of the fixed-size states of linear-attention layers, on one tensor-parallel rank; independent of
+    the context. The last few tokens that the short convolution keeps are counted too."""
+    lin = spec.linear
+    if lin is None:
         return 0
-    state = spec.linear.n_value_heads * spec.linear.key_dim * spec.linear.value_dim
-    return batch * spec.layer_kinds.count("linear") * state * dtype_bytes(dtype)
+    keys, values = lin.n_key_heads * lin.key_dim, lin.n_value_heads * lin.value_dim
+    state = lin.key_dim * values + (lin.conv_kernel - 1) * (2 * keys + values)
+    return batch * spec.layer_kinds.count("linear") * state // tp * dtype_bytes(dtype)
 
 
 @dataclass(frozen=True)
@@ -51,83 +60,161 @@ class MemoryUse:
         return self.total <= device.memory_bytes
 
 
-def device_parameters(spec: ModelSpec, plan: ParallelPlan) -> float:
-    """Parameters held by the fullest device: the larger of the first stage (embedding) and the last (head).
+def stage_spec(spec: ModelSpec, plan: ParallelPlan, stage: int) -> ModelSpec:
+    """What one device of a pipeline stage holds, itself written as a ModelSpec.
 
-    Layers are spread over pipeline stages as evenly as whole layers allow, and every matrix over tp;
-    experts also over ep. Norms and routers are replicated in practice; counted as if split, an error below 0.1 %.
+    Its layers are a slice of the model's; tensor parallelism leaves it 1/tp of the heads and of every
+    feed-forward width, expert parallelism 1/ep of the experts. Key/value heads fewer than tp are replicated.
     """
+    layers = plan.layers_per_stage(spec.n_layers)
+    start = sum(layers[:stage])
+    stop, tp = start + layers[stage], plan.tp
+    moe = spec.moe_layers if spec.moe_layers is None else tuple(
+        i - start for i in spec.moe_layers if start <= i < stop)
+    lin, latent = spec.linear, spec.latent
+    if lin is not None and "linear" in spec.layer_kinds:
+        lin = replace(lin, n_key_heads=lin.n_key_heads // tp, n_value_heads=lin.n_value_heads // tp)
+    if latent is not None and latent.indexer is not None and latent.indexer.layers is not None:
+        share = -(-latent.indexer.layers * layers[stage] // spec.n_layers)
+        latent = replace(latent, indexer=replace(latent.indexer, layers=share))
+    return replace(
+        spec, n_layers=layers[stage], layer_kinds=spec.layer_kinds[start:stop], moe_layers=moe,
+        n_heads=spec.n_heads // tp, n_kv_heads=max(spec.n_kv_heads // tp, 1), d_ff=spec.d_ff // tp,
+        vocab_size=-(-spec.vocab_size // tp), n_experts=spec.n_experts // plan.ep,
+        top_k=min(spec.top_k, spec.n_experts // plan.ep), linear=lin, latent=latent,
+        d_expert=spec.d_expert and spec.d_expert // tp, d_shared=spec.d_shared // tp,
+        embedding_norm=spec.embedding_norm and stage == 0,
+        final_norm=spec.final_norm and stage == plan.pp - 1)
+
+
+def stage_parameters(spec: ModelSpec, plan: ParallelPlan, stage: int) -> dict[str, int]:
+    """Parameters on one device of a stage, by part. Routers, norms and position tables are whole on every
+    tensor-parallel rank; a tied head on another stage than the embedding is a copy of it."""
+    local = stage_spec(spec, plan, stage)
+    count = dict(parameters(local).by_part)
+    count["router"] = local.n_moe_layers * linear(spec.d_model, spec.n_experts, spec.router_bias)
+    if stage == plan.pp - 1 and spec.tied and plan.pp > 1:
+        count["head"] += count["embedding"]
+    if stage > 0:
+        count["embedding"] = count["positions"] = 0
+    if stage < plan.pp - 1:
+        count["head"] = 0
+    return count
+
+
+def device_parameters(spec: ModelSpec, plan: ParallelPlan) -> int:
+    """Parameters on the device that holds most."""
     plan.check(spec)
-    count = parameters(spec).by_part
-    experts = count["experts"] / (spec.n_layers * plan.tp * plan.ep)
-    body = sum(count[p] for p in ("attention", "ffn", "shared_experts", "router", "norms"))
-    a_layer = experts + body / (spec.n_layers * plan.tp)
-    stages = plan.layers_per_stage(spec.n_layers)
-    embedding = count["embedding"] + count["positions"]
-    head = count["head"] or (count["embedding"] if plan.pp > 1 else 0)    # a tied head is copied to its stage
-    first, last = stages[0] * a_layer + embedding / plan.tp, stages[-1] * a_layer + head / plan.tp
-    return first + head / plan.tp if plan.pp == 1 else max(first, last, stages[0] * a_layer)
+    return max(sum(stage_parameters(spec, plan, s).values()) for s in range(plan.pp))
+
+
+def _state(count: dict[str, int], plan: ParallelPlan, dtype: str, gradient_dtype: str) -> dict[str, float]:
+    """Bytes of weights, gradients and optimizer for these parameters.
+
+    Experts spread over ep ranks have only dp / ep replicas left to shard over.
+    """
+    replicas = plan.dp * plan.cp
+    experts = count["experts"]
+    rest = sum(count.values()) - experts
+
+    def held(bytes_each: float, from_stage: int) -> float:
+        if plan.zero_stage < from_stage:
+            return (rest + experts) * bytes_each
+        return (-(-rest // replicas) - (-experts * plan.ep // replicas)) * bytes_each
+
+    return {"weights": held(dtype_bytes(dtype), 3), "gradients": held(dtype_bytes(gradient_dtype), 2),
+            "optimizer": held(ADAM_BYTES, 1)}
 
 
 def training_state(spec: ModelSpec, plan: ParallelPlan, dtype: str = "bf16",
                    gradient_dtype: str = "bf16") -> dict[str, float]:
     """Bytes of weights, gradients and optimizer on the fullest device.
 
-    The optimizer is Adam with an fp32 master copy and two fp32 moments, 12 bytes a parameter. ZeRO stage 1
-    shards it over dp, stage 2 the gradients too, stage 3 the weights too (Rajbhandari et al. 2020,
-    arXiv:1910.02054, figure 1). Mind `gradient_dtype`: fp32 gradients double their part.
+    Adam, 12 bytes a parameter. ZeRO stage 1 shards it over dp * cp, stage 2 the gradients too, stage 3 the
+    weights too (Rajbhandari et al. 2020, arXiv:1910.02054, figure 1). Mind `gradient_dtype`: fp32
+    gradients double their part, and Megatron-LM keeps fp32.
     """
-    n, shard = device_parameters(spec, plan), plan.dp
-    return {
-        "weights": n * dtype_bytes(dtype) / (shard if plan.zero_stage >= 3 else 1),
-        "gradients": n * dtype_bytes(gradient_dtype) / (shard if plan.zero_stage >= 2 else 1),
-        "optimizer": n * 12 / (shard if plan.zero_stage >= 1 else 1),
-    }
+    plan.check(spec)
+    return max((_state(stage_parameters(spec, plan, s), plan, dtype, gradient_dtype) for s in range(plan.pp)),
+               key=lambda state: sum(state.values()))
 
 
-def layer_activation_bytes(spec: ModelSpec, plan: ParallelPlan, seq_len: int) -> float:
+def _kept(spec: ModelSpec, layer: int, seq_len: int) -> tuple[int, int, int]:
+    """(whole, split, scores): 16-bit elements one token leaves in one layer. `whole` are as wide as the
+    model on every tensor-parallel rank, `split` and `scores` divide over the ranks."""
+    d, kind = spec.d_model, spec.layer_kinds[layer]
+    whole, scores = 4 * d, 0                              # inputs of two norms and of two blocks
+    if kind == "linear":
+        lin = spec.linear
+        keys, values = lin.n_key_heads * lin.key_dim, lin.n_value_heads * lin.value_dim
+        split = 2 * (2 * keys + values) + 2 * values      # q, k, v around the convolution; gate; output
+    else:
+        scores = spec.n_heads * (min(seq_len, spec.window) if kind == "window" else seq_len)
+        if spec.latent:
+            m = spec.latent
+            whole += (m.q_rank or 0) + m.kv_rank + m.rope_dim
+            split = 2 * spec.n_heads * (m.nope_dim + m.rope_dim + m.v_dim)       # q, k; v, output
+        else:
+            split = (2 + spec.attention_gate) * spec.q_width + 2 * spec.kv_width
+    kept_of_width = 3 if spec.gated_ffn else 2            # inputs and output of the activation
+    if spec.is_moe_layer(layer):
+        # A routed token is copied to each of its experts, and each answer kept for the gate's gradient.
+        whole += 2 * spec.top_k * d + 2 * spec.n_experts  # the router's logits are fp32
+        return whole, split + kept_of_width * (spec.top_k * spec.d_expert + spec.d_shared), scores
+    return whole, split + kept_of_width * spec.d_ff, scores
+
+
+def layer_activation_bytes(spec: ModelSpec, plan: ParallelPlan, seq_len: int, layer: int = 0,
+                           dropout: bool = False) -> float:
     """Bytes one layer keeps for the backward pass of one micro-batch, in 16-bit.
 
-    Korthikanti et al. 2022, arXiv:2205.05198, equations 1-4, written out per tensor so that it also
-    covers grouped heads, gated blocks and experts; without dropout masks. Their 34 + 5as/h assumes
-    multi-head attention, a 4h block and dropout. selective: scores are recomputed; full: only the layer's input stays.
+    Korthikanti et al. 2022, arXiv:2205.05198, equations 1-4 and section 5, written out per tensor so that it
+    also covers grouped heads, windows, gated blocks and experts (which are taken as evenly loaded). Their
+    34 + 5as/h is multi-head attention, a 4h block and dropout=True: two masks a token of one byte a channel,
+    and a mask and a second copy of the scores. recompute "selective" keeps no scores, as fused attention
+    does; "full" keeps the layer's input alone.
     """
-    tokens, d = plan.micro_batch * seq_len / plan.cp, spec.d_model
-    shared = plan.tp if plan.sequence_parallel else 1     # what tensor parallelism alone replicates
+    tokens = plan.micro_batch * seq_len / plan.cp
+    replicated = plan.tp if plan.sequence_parallel else 1      # what tensor parallelism alone does not split
     if plan.recompute == "full":
-        return 2 * tokens * d / shared
-    v_dim = spec.latent.v_dim if spec.latent else spec.head_dim
-    qkv = spec.q_width + 2 * spec.kv_width
-    width = spec.top_k * spec.d_expert + spec.d_shared if spec.is_moe else spec.d_ff
-    kept_of_width = 3 if spec.gated_ffn else 2            # inputs and output of the activation
-    copies = spec.top_k if spec.is_moe else 1             # a routed token is copied to each of its experts
-    whole = 2 * d + d + d * copies                        # inputs of the two norms, and of the two blocks
-    split = qkv + spec.n_heads * v_dim + kept_of_width * width
-    scores = 0 if plan.recompute == "selective" else spec.n_heads * seq_len
-    elements = whole / shared + (split + scores) / plan.tp
-    return 2 * tokens * elements
+        return 2 * tokens * spec.d_model / replicated
+    whole, split, scores = _kept(spec, layer, seq_len)
+    masks = 2 * spec.d_model if dropout else 0
+    a_score = 0 if plan.recompute == "selective" else 5 if dropout else 2
+    return tokens * ((2 * whole + masks) / replicated + (2 * split + a_score * scores) / plan.tp)
 
 
 def training(spec: ModelSpec, plan: ParallelPlan, seq_len: int, dtype: str = "bf16",
              gradient_dtype: str = "bf16") -> MemoryUse:
     """What the fullest device holds while training: state, and activations of the micro-batches in flight.
 
-    Under 1F1B the first stage holds min(pp, n_micro_batches) micro-batches (Narayanan et al. 2021,
-    arXiv:2104.04473, section 2.2.1). Logits, buffers and the framework's own share are left out.
+    Under 1F1B stage i of p holds min(p - i, n_micro_batches) micro-batches, the first stage most (Narayanan
+    et al. 2021, arXiv:2104.04473, section 2.2.1). Logits, buffers and the framework's own share are left out.
     """
-    state = training_state(spec, plan, dtype, gradient_dtype)
-    in_flight = min(plan.pp, plan.n_micro_batches)
-    layers = plan.layers_per_stage(spec.n_layers)[0]
-    return MemoryUse({**state, "activations": in_flight * layers * layer_activation_bytes(spec, plan, seq_len)})
+    plan.check(spec)
+    uses, start = [], 0
+    for stage, n_layers in enumerate(plan.layers_per_stage(spec.n_layers)):
+        state = _state(stage_parameters(spec, plan, stage), plan, dtype, gradient_dtype)
+        kept = sum(layer_activation_bytes(spec, plan, seq_len, i) for i in range(start, start + n_layers))
+        uses.append(MemoryUse({**state, "activations": min(plan.pp - stage, plan.n_micro_batches) * kept}))
+        start += n_layers
+    return max(uses, key=lambda use: use.total)
 
 
 def serving(spec: ModelSpec, plan: ParallelPlan, batch: int, context: int, dtype: str = "bf16",
             kv_dtype: str = "bf16") -> MemoryUse:
     """What the fullest device holds while serving `batch` sequences of `context` tokens.
 
-    KV heads are split over tp (replicated below one a rank) and layers over pp; dp replicas split the batch.
+    KV heads are split over tp (replicated below one a rank), layers over pp, tokens over cp; dp replicas
+    split the batch. Hybrid stacks also hold the states of their linear layers.
     """
-    layers = plan.layers_per_stage(spec.n_layers)[0]
-    cache = kv_cache_bytes(spec, -(-batch // plan.dp), context, kv_dtype, plan.tp)
-    return MemoryUse({"weights": device_parameters(spec, plan) * dtype_bytes(dtype),
-                      "kv_cache": cache * layers / spec.n_layers})
+    plan.check(spec)
+    batch, context, uses = -(-batch // plan.dp), -(-context // plan.cp), []
+    for stage in range(plan.pp):
+        local = stage_spec(spec, plan, stage)               # its heads are already one rank's share
+        part = {"weights": sum(stage_parameters(spec, plan, stage).values()) * dtype_bytes(dtype),
+                "kv_cache": kv_cache_bytes(local, batch, context, kv_dtype)}
+        if "linear" in spec.layer_kinds:
+            part["linear_state"] = linear_state_bytes(local, batch)
+        uses.append(MemoryUse(part))
+    return max(uses, key=lambda use: use.total)

@@ -14,13 +14,18 @@ class Time:
     bound_by: str
 
 
+def intensity(flop, bytes_moved):
+    """Arithmetic intensity: FLOP per byte moved."""
+    return flop / bytes_moved
+
+
 def ridge(device: DeviceSpec, dtype: str) -> float:
     """FLOP per byte above which arithmetic binds: peak over bandwidth."""
     return device.peak_flop_rate(dtype) / device.memory_bandwidth
 
 
 def time(device: DeviceSpec, dtype: str, flop: float, bytes_moved: float) -> Time:
-    """The longer of moving the bytes and doing the arithmetic, each at the datasheet rate."""
+    """The longer of moving the bytes and doing the arithmetic, each at the datasheet rate: a lower bound."""
     compute, memory = flop / device.peak_flop_rate(dtype), bytes_moved / device.memory_bandwidth
     return Time(max(compute, memory), "compute" if compute > memory else "memory")
 
@@ -28,6 +33,7 @@ def time(device: DeviceSpec, dtype: str, flop: float, bytes_moved: float) -> Tim
 def distinct_experts(n_experts: int, top_k: int, n_tokens):
     """Expected experts that at least one of n_tokens visits, if routing is uniform: E (1 - (1 - k/E)^B).
 
-    This, not top_k, is what a decode step reads; n_tokens may be an array.
+    Bytes follow this, FLOP follow top_k and memory all of them. Skewed routing touches fewer; n_tokens may
+    be an array.
     """
     return n_experts * (1 - (1 - top_k / n_experts) ** n_tokens)

@@ -1,12 +1,13 @@
-"""How long a training run takes, from its arithmetic and an assumed utilisation."""
+"""How long a training run takes, from its arithmetic (`flops.training`) and an assumed utilisation."""
 
 from __future__ import annotations
 
 SECONDS_PER_DAY = 86_400
 
 
-def mfu(flop: float, n_devices: int, seconds: float, peak: float) -> float:
-    """Model FLOPs utilisation: useful FLOP/s over the peak of all devices. PaLM, arXiv:2204.02311, appendix B."""
+def mfu(flop, n_devices, seconds, peak):
+    """Model FLOPs utilisation: useful FLOP/s over the peak of all devices, recomputation not counted.
+    Chowdhery et al. 2022, arXiv:2204.02311, section 4.1. `peak` is one device's dense FLOP/s."""
     return flop / (n_devices * seconds * peak)
 
 
@@ -15,3 +16,8 @@ def seconds(flop: float, n_devices: int, peak: float, utilisation: float) -> flo
     if not 0 < utilisation <= 1:
         raise ValueError(f"utilisation={utilisation!r} is not accepted; give a fraction above 0 and up to 1")
     return flop / (n_devices * peak * utilisation)
+
+
+def days(flop: float, n_devices: int, peak: float, utilisation: float) -> float:
+    """`seconds` in days."""
+    return seconds(flop, n_devices, peak, utilisation) / SECONDS_PER_DAY
