@@ -59,6 +59,6 @@ class MoE(nn.Module):
                 gate = gates[token, slot, None].to(x.dtype)
                 out = out.index_add(0, token, gate * expert(x[token]))
         if self.shared is not None:
-            y = self.shared(x)
-            out = out + (y if self.shared_gate is None else y * self.shared_gate(x).sigmoid())
+            gate = 1 if self.shared_gate is None else self.shared_gate(x).sigmoid()
+            out = out + gate * self.shared(x)
         return out
