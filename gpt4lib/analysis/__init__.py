@@ -1,1 +1,1 @@
-"""What it must cost: closed forms over specs. Standard library only; never imports the running half."""
+"""What it must cost: closed forms over specs. Standard library only, blind to the running half."""

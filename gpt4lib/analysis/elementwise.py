@@ -1,4 +1,4 @@
-"""The smaller and the larger of two whole numbers in plain arithmetic, so that arrays work where they do."""
+"""The smaller and the larger of two integers in plain arithmetic, so that arrays work too."""
 
 from __future__ import annotations
 

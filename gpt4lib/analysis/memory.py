@@ -10,7 +10,8 @@ from gpt4lib.specs.hardware import DeviceSpec, dtype_bytes
 from gpt4lib.specs.model import ModelSpec
 from gpt4lib.specs.workload import ParallelPlan
 
-ADAM_BYTES = 12          # an fp32 master copy and two fp32 moments; Rajbhandari et al. 2020, section 3.1
+# An fp32 master copy and two fp32 moments; Rajbhandari et al. 2020, arXiv:1910.02054, section 3.1.
+ADAM_BYTES = 12
 
 
 def weight_bytes(spec: ModelSpec, dtype: str = "bf16") -> float:
@@ -19,15 +20,16 @@ def weight_bytes(spec: ModelSpec, dtype: str = "bf16") -> float:
 
 
 def kv_cache_bytes(spec: ModelSpec, batch, context, dtype: str = "bf16", tp: int = 1):
-    """KV-cache bytes of `batch` sequences of `context` tokens, on one tensor-parallel rank of all layers.
+    """KV-cache bytes of `batch` sequences of `context` tokens, all layers, on one of tp ranks.
 
-    Ordinary attention keeps a key and a value of n_kv_heads * head_dim a token; below tp heads the heads
-    are replicated, so a rank never holds less than one. Latent attention keeps kv_rank + rope_dim, whole on
-    every rank. A windowed layer keeps at most its window. A linear layer keeps a state instead: none here,
-    see `linear_state_bytes`. batch and context may be arrays.
+    Ordinary attention keeps a key and a value of n_kv_heads * head_dim a token; below tp heads the
+    heads are replicated, so a rank never holds less than one. Latent attention keeps kv_rank +
+    rope_dim, whole on every rank. A windowed layer keeps at most its window. A linear layer keeps a
+    state instead: none here, see `linear_state_bytes`. batch and context may be arrays.
     """
     heads = -(-spec.n_kv_heads // tp)
-    a_token = spec.latent.kv_rank + spec.latent.rope_dim if spec.latent else 2 * heads * spec.head_dim
+    latent = spec.latent
+    a_token = latent.kv_rank + latent.rope_dim if latent else 2 * heads * spec.head_dim
     kinds = spec.layer_kinds
     kept = kinds.count("full") * context
     if "window" in kinds:
@@ -36,8 +38,10 @@ def kv_cache_bytes(spec: ModelSpec, batch, context, dtype: str = "bf16", tp: int
 
 
 def linear_state_bytes(spec: ModelSpec, batch, dtype: str = "fp32", tp: int = 1):
-    """Bytes of the fixed-size states of linear-attention layers, on one tensor-parallel rank; independent of
-    the context. The last few tokens that the short convolution keeps are counted too."""
+    """Bytes of the states of linear-attention layers, on one of tp ranks, whatever the context.
+
+    The last few tokens that the short convolution looks back on are counted too.
+    """
     lin = spec.linear
     if lin is None:
         return 0
@@ -56,15 +60,16 @@ class MemoryUse:
         return sum(self.by_part.values())
 
     def fits(self, device: DeviceSpec) -> bool:
-        """Whether the parts fit in the device's memory, with nothing kept back for the framework."""
+        """Whether the parts fit, with nothing kept back for the framework."""
         return self.total <= device.memory_bytes
 
 
 def stage_spec(spec: ModelSpec, plan: ParallelPlan, stage: int) -> ModelSpec:
     """What one device of a pipeline stage holds, itself written as a ModelSpec.
 
-    Its layers are a slice of the model's; tensor parallelism leaves it 1/tp of the heads and of every
-    feed-forward width, expert parallelism 1/ep of the experts. Key/value heads fewer than tp are replicated.
+    Its layers are a slice of the model's; tensor parallelism leaves it 1/tp of the heads and of
+    every feed-forward width, expert parallelism 1/ep of the experts. Key/value heads fewer than tp
+    are replicated.
     """
     layers = plan.layers_per_stage(spec.n_layers)
     start = sum(layers[:stage])
@@ -88,8 +93,11 @@ def stage_spec(spec: ModelSpec, plan: ParallelPlan, stage: int) -> ModelSpec:
 
 
 def stage_parameters(spec: ModelSpec, plan: ParallelPlan, stage: int) -> dict[str, int]:
-    """Parameters on one device of a stage, by part. Routers, norms and position tables are whole on every
-    tensor-parallel rank; a tied head on another stage than the embedding is a copy of it."""
+    """Parameters on one device of a stage, by part.
+
+    Routers, norms and position tables are whole on every tensor-parallel rank; a tied head on
+    another stage than the embedding is a copy of it.
+    """
     local = stage_spec(spec, plan, stage)
     count = dict(parameters(local).by_part)
     count["router"] = local.n_moe_layers * linear(spec.d_model, spec.n_experts, spec.router_bias)
@@ -108,7 +116,8 @@ def device_parameters(spec: ModelSpec, plan: ParallelPlan) -> int:
     return max(sum(stage_parameters(spec, plan, s).values()) for s in range(plan.pp))
 
 
-def _state(count: dict[str, int], plan: ParallelPlan, dtype: str, gradient_dtype: str) -> dict[str, float]:
+def _state(count: dict[str, int], plan: ParallelPlan, dtype: str,
+           gradient_dtype: str) -> dict[str, float]:
     """Bytes of weights, gradients and optimizer for these parameters.
 
     Experts spread over ep ranks have only dp / ep replicas left to shard over.
@@ -122,32 +131,34 @@ def _state(count: dict[str, int], plan: ParallelPlan, dtype: str, gradient_dtype
             return (rest + experts) * bytes_each
         return (-(-rest // replicas) - (-experts * plan.ep // replicas)) * bytes_each
 
-    return {"weights": held(dtype_bytes(dtype), 3), "gradients": held(dtype_bytes(gradient_dtype), 2),
-            "optimizer": held(ADAM_BYTES, 1)}
+    return {"weights": held(dtype_bytes(dtype), 3),
+            "gradients": held(dtype_bytes(gradient_dtype), 2), "optimizer": held(ADAM_BYTES, 1)}
 
 
 def training_state(spec: ModelSpec, plan: ParallelPlan, dtype: str = "bf16",
                    gradient_dtype: str = "bf16") -> dict[str, float]:
     """Bytes of weights, gradients and optimizer on the fullest device.
 
-    Adam, 12 bytes a parameter. ZeRO stage 1 shards it over dp * cp, stage 2 the gradients too, stage 3 the
-    weights too (Rajbhandari et al. 2020, arXiv:1910.02054, figure 1). Mind `gradient_dtype`: fp32
-    gradients double their part, and Megatron-LM keeps fp32.
+    Adam, 12 bytes a parameter. ZeRO stage 1 shards it over dp * cp, stage 2 the gradients too,
+    stage 3 the weights too (Rajbhandari et al. 2020, arXiv:1910.02054, figure 1). Mind
+    `gradient_dtype`: fp32 ones, Megatron-LM's default beside bf16 weights,
+    double their part.
     """
     plan.check(spec)
-    return max((_state(stage_parameters(spec, plan, s), plan, dtype, gradient_dtype) for s in range(plan.pp)),
-               key=lambda state: sum(state.values()))
+    states = (_state(stage_parameters(spec, plan, stage), plan, dtype, gradient_dtype)
+              for stage in range(plan.pp))
+    return max(states, key=lambda state: sum(state.values()))
 
 
 def _kept(spec: ModelSpec, layer: int, seq_len: int) -> tuple[int, int, int]:
-    """(whole, split, scores): 16-bit elements one token leaves in one layer. `whole` are as wide as the
-    model on every tensor-parallel rank, `split` and `scores` divide over the ranks."""
+    """(whole, split, scores): 16-bit elements one token leaves in one layer. `whole` are as wide as
+    the model on every tensor-parallel rank, `split` and `scores` divide over the ranks."""
     d, kind = spec.d_model, spec.layer_kinds[layer]
     whole, scores = 4 * d, 0                              # inputs of two norms and of two blocks
     if kind == "linear":
         lin = spec.linear
         keys, values = lin.n_key_heads * lin.key_dim, lin.n_value_heads * lin.value_dim
-        split = 2 * (2 * keys + values) + 2 * values      # q, k, v around the convolution; gate; output
+        split = 2 * (2 * keys + values) + 2 * values     # q, k, v twice: convolution
     else:
         scores = spec.n_heads * (min(seq_len, spec.window) if kind == "window" else seq_len)
         if spec.latent:
@@ -158,7 +169,7 @@ def _kept(spec: ModelSpec, layer: int, seq_len: int) -> tuple[int, int, int]:
             split = (2 + spec.attention_gate) * spec.q_width + 2 * spec.kv_width
     kept_of_width = 3 if spec.gated_ffn else 2            # inputs and output of the activation
     if spec.is_moe_layer(layer):
-        # A routed token is copied to each of its experts, and each answer kept for the gate's gradient.
+        # A routed token is copied to each of its experts; the answers serve the gate's gradient.
         whole += 2 * spec.top_k * d + 2 * spec.n_experts  # the router's logits are fp32
         return whole, split + kept_of_width * (spec.top_k * spec.d_expert + spec.d_shared), scores
     return whole, split + kept_of_width * spec.d_ff, scores
@@ -168,35 +179,38 @@ def layer_activation_bytes(spec: ModelSpec, plan: ParallelPlan, seq_len: int, la
                            dropout: bool = False) -> float:
     """Bytes one layer keeps for the backward pass of one micro-batch, in 16-bit.
 
-    Korthikanti et al. 2022, arXiv:2205.05198, equations 1-4 and section 5, written out per tensor so that it
-    also covers grouped heads, windows, gated blocks and experts (which are taken as evenly loaded). Their
-    34 + 5as/h is multi-head attention, a 4h block and dropout=True: two masks a token of one byte a channel,
-    and a mask and a second copy of the scores. recompute "selective" keeps no scores, as fused attention
-    does; "full" keeps the layer's input alone.
+    Korthikanti et al. 2022, arXiv:2205.05198, equations 1-4 and section 5, written out per tensor
+    so that it also covers grouped heads, windows, gated blocks and experts (which are taken as
+    evenly loaded). Their 34 + 5as/h is multi-head attention, a 4h block and dropout=True: two masks
+    a token of one byte a channel, and a mask and a second copy of the scores. recompute "selective"
+    keeps no scores, as fused attention does; "full" keeps the layer's input alone.
     """
     tokens = plan.micro_batch * seq_len / plan.cp
-    replicated = plan.tp if plan.sequence_parallel else 1      # what tensor parallelism alone does not split
+    ranks = plan.tp if plan.sequence_parallel else 1      # SP splits what TP repeats
     if plan.recompute == "full":
-        return 2 * tokens * spec.d_model / replicated
+        return 2 * tokens * spec.d_model / ranks
     whole, split, scores = _kept(spec, layer, seq_len)
     masks = 2 * spec.d_model if dropout else 0
     a_score = 0 if plan.recompute == "selective" else 5 if dropout else 2
-    return tokens * ((2 * whole + masks) / replicated + (2 * split + a_score * scores) / plan.tp)
+    return tokens * ((2 * whole + masks) / ranks + (2 * split + a_score * scores) / plan.tp)
 
 
 def training(spec: ModelSpec, plan: ParallelPlan, seq_len: int, dtype: str = "bf16",
              gradient_dtype: str = "bf16") -> MemoryUse:
-    """What the fullest device holds while training: state, and activations of the micro-batches in flight.
+    """What the fullest device holds while training: state, and activations in flight.
 
-    Under 1F1B stage i of p holds min(p - i, n_micro_batches) micro-batches, the first stage most (Narayanan
-    et al. 2021, arXiv:2104.04473, section 2.2.1). Logits, buffers and the framework's own share are left out.
+    Under 1F1B stage i of p holds min(p - i, n_micro_batches) micro-batches, the first stage most
+    (Narayanan et al. 2021, arXiv:2104.04473, section 2.2.1). Logits, buffers and the framework's
+    own share are left out.
     """
     plan.check(spec)
     uses, start = [], 0
     for stage, n_layers in enumerate(plan.layers_per_stage(spec.n_layers)):
         state = _state(stage_parameters(spec, plan, stage), plan, dtype, gradient_dtype)
-        kept = sum(layer_activation_bytes(spec, plan, seq_len, i) for i in range(start, start + n_layers))
-        uses.append(MemoryUse({**state, "activations": min(plan.pp - stage, plan.n_micro_batches) * kept}))
+        kept = sum(layer_activation_bytes(spec, plan, seq_len, layer)
+                   for layer in range(start, start + n_layers))
+        in_flight = min(plan.pp - stage, plan.n_micro_batches)
+        uses.append(MemoryUse({**state, "activations": in_flight * kept}))
         start += n_layers
     return max(uses, key=lambda use: use.total)
 
@@ -205,8 +219,8 @@ def serving(spec: ModelSpec, plan: ParallelPlan, batch: int, context: int, dtype
             kv_dtype: str = "bf16") -> MemoryUse:
     """What the fullest device holds while serving `batch` sequences of `context` tokens.
 
-    KV heads are split over tp (replicated below one a rank), layers over pp, tokens over cp; dp replicas
-    split the batch. Hybrid stacks also hold the states of their linear layers.
+    KV heads are split over tp (replicated below one a rank), layers over pp, tokens over cp; dp
+    replicas split the batch. Hybrid stacks also hold the states of their linear layers.
     """
     plan.check(spec)
     batch, context, uses = -(-batch // plan.dp), -(-context // plan.cp), []

@@ -1,7 +1,7 @@
 """Pipeline schedules in closed form. Narayanan et al. 2021, arXiv:2104.04473, section 2.2.
 
-n_chunks > 1 is the interleaved schedule: each stage owns that many slices of the layers.
-Layers that do not divide are spread by `ParallelPlan.layers_per_stage`; the slowest stage sets the pace.
+n_chunks > 1 is the interleaved schedule: each stage owns that many slices of the layers. Layers
+that do not divide are spread by `ParallelPlan.layers_per_stage`; the slowest stage sets the pace.
 """
 
 from __future__ import annotations

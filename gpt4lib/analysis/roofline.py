@@ -25,15 +25,15 @@ def ridge(device: DeviceSpec, dtype: str) -> float:
 
 
 def time(device: DeviceSpec, dtype: str, flop: float, bytes_moved: float) -> Time:
-    """The longer of moving the bytes and doing the arithmetic, each at the datasheet rate: a lower bound."""
+    """The longer of moving the bytes and doing the arithmetic at datasheet rates: a lower bound."""
     compute, memory = flop / device.peak_flop_rate(dtype), bytes_moved / device.memory_bandwidth
     return Time(max(compute, memory), "compute" if compute > memory else "memory")
 
 
 def distinct_experts(n_experts: int, top_k: int, n_tokens):
-    """Expected experts that at least one of n_tokens visits, if routing is uniform: E (1 - (1 - k/E)^B).
+    """Expected experts that at least one of n_tokens visits: E (1 - (1 - k/E)^B).
 
-    Bytes follow this, FLOP follow top_k and memory all of them. Skewed routing touches fewer; n_tokens may
-    be an array.
+    Routing is taken as uniform. Bytes follow this, FLOP follow top_k and memory all of them. Skewed
+    routing touches fewer; n_tokens may be an array.
     """
     return n_experts * (1 - (1 - top_k / n_experts) ** n_tokens)

@@ -1,7 +1,8 @@
-"""Loss from parameters and tokens. Hoffmann et al. 2022, arXiv:2203.15556, section 3.3, equation 10.
+"""Loss from parameters and tokens. Hoffmann et al. 2022, arXiv:2203.15556, equation 10.
 
-The constants are those the paper prints; its own two other methods put more tokens to a parameter (about 20),
-and Besiroglu et al. 2024, arXiv:2404.10102, trace the gap to the fit of these five numbers.
+The constants are those the paper prints. They ask for some 90 tokens a parameter at Chinchilla's
+budget, where its two other methods, and Chinchilla itself, have 20; Besiroglu et al. 2024,
+arXiv:2404.10102, refit the data and find about 20 by this method too.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ def loss(n_parameters, n_tokens):
 
 
 def optimal(flop):
-    """(parameters, tokens) with the lowest predicted loss at 6 N D = flop; equation 4 of the paper."""
+    """(parameters, tokens) with the lowest predicted loss at 6 N D = flop; equation 4."""
     g = (ALPHA * A / (BETA * B)) ** (1 / (ALPHA + BETA))
     n = g * (flop / 6) ** (BETA / (ALPHA + BETA))
     return n, flop / 6 / n

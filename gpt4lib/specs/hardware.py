@@ -1,4 +1,4 @@
-"""What a device and a cluster *are*: dense peaks, memory, links. FLOP/s, bytes, bytes/s and watts as plain numbers."""
+"""What a device and a cluster *are*: dense peaks, memory, links; SI units as plain numbers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any, Mapping
 
 from gpt4lib.specs import registry
 
-DTYPE_BYTES = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "int8": 1, "fp4": 0.5, "int4": 0.5}
+DTYPE_BYTES = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "int8": 1,
+               "fp4": 0.5, "int4": 0.5}
 
 
 def dtype_bytes(dtype: str) -> float:
@@ -21,13 +22,15 @@ def dtype_bytes(dtype: str) -> float:
 def _positive(owner: str, name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not (
             math.isfinite(value) and value > 0):
-        raise ValueError(f"{owner}: {name}={value!r} is not accepted; give a positive finite number")
+        raise ValueError(f"{owner}: {name}={value!r} is not accepted; "
+                         f"give a positive finite number")
 
 
 @dataclass(frozen=True)
 class DeviceSpec:
     """One accelerator. `peak` is dense FLOP/s by dtype; memory in bytes, bandwidths in bytes/s;
-    `link_bandwidth` is one direction inside the node. Dense means without the 2:4-sparsity factor of two."""
+    `link_bandwidth` is one direction inside the node. Dense means without the 2:4-sparsity factor
+    of two."""
     name: str
     peak: Mapping[str, float] = field(hash=False)
     memory_bytes: float
@@ -43,7 +46,7 @@ class DeviceSpec:
         for dtype, rate in self.peak.items():
             dtype_bytes(dtype)
             _positive(self.name, f"peak[{dtype}]", rate)
-        object.__setattr__(self, "peak", dict(self.peak))      # a preset's table is shared: never hand it out
+        object.__setattr__(self, "peak", dict(self.peak))    # a preset's table is shared
 
     def peak_flop_rate(self, dtype: str) -> float:
         """Dense FLOP/s for a dtype; ValueError where the device has no such units."""
@@ -63,8 +66,8 @@ class DeviceSpec:
 
 @dataclass(frozen=True)
 class ClusterSpec:
-    """n_devices of one kind, devices_per_node to a node; `inter_node_bandwidth` is what one device gets
-    of the network between nodes, bytes/s, one direction."""
+    """n_devices of one kind, devices_per_node to a node; `inter_node_bandwidth` is what one device
+    gets of the network between nodes, bytes/s, one direction."""
     name: str
     device: DeviceSpec
     n_devices: int
@@ -75,7 +78,8 @@ class ClusterSpec:
         for name in ("n_devices", "devices_per_node"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
-                raise ValueError(f"{self.name}: {name}={value!r} is not accepted; give an integer >= 1")
+                raise ValueError(f"{self.name}: {name}={value!r} is not accepted; "
+                                 f"give an integer >= 1")
         _positive(self.name, "inter_node_bandwidth", self.inter_node_bandwidth)
 
     @classmethod

@@ -14,9 +14,10 @@ RECOMPUTE = ("none", "selective", "full")
 class ParallelPlan:
     """Degrees of parallelism and what goes with them. Raises ValueError, one line, on nonsense.
 
-    tp, pp, dp, ep, cp: tensor, pipeline, data, expert and context parallel degrees; experts are spread
-    over data-parallel ranks, so ep divides dp and adds no devices. `zero_stage` 0-3 shards optimizer, then
-    gradients, then weights over dp. micro_batch is in sequences; n_micro_batches make up one step of a replica.
+    tp, pp, dp, ep, cp: tensor, pipeline, data, expert and context parallel degrees; experts are
+    spread over data-parallel ranks, so ep divides dp and adds no devices. `zero_stage` 0-3 shards
+    optimizer, then gradients, then weights over dp. micro_batch is in sequences; n_micro_batches
+    make up one step of a replica.
     """
     tp: int = 1
     pp: int = 1
@@ -37,12 +38,14 @@ class ParallelPlan:
         if type(self.zero_stage) is not int or self.zero_stage not in (0, 1, 2, 3):
             raise ValueError(f"zero_stage={self.zero_stage!r} is not accepted; give 0, 1, 2 or 3")
         if self.recompute not in RECOMPUTE:
-            raise ValueError(f"recompute={self.recompute!r} is not known; accepted: {', '.join(RECOMPUTE)}")
+            raise ValueError(f"recompute={self.recompute!r} is not known; "
+                             f"accepted: {', '.join(RECOMPUTE)}")
         if type(self.sequence_parallel) is not bool:
-            raise ValueError(f"sequence_parallel={self.sequence_parallel!r} is not accepted; give True or False")
+            raise ValueError(f"sequence_parallel={self.sequence_parallel!r} is not accepted; "
+                             f"give True or False")
         if self.dp % self.ep:
-            raise ValueError(f"dp={self.dp} is not divisible by ep={self.ep}; experts are spread over "
-                             f"data-parallel ranks")
+            raise ValueError(f"dp={self.dp} is not divisible by ep={self.ep}; "
+                             f"experts are spread over data-parallel ranks")
 
     @property
     def n_devices(self) -> int:
@@ -57,25 +60,30 @@ class ParallelPlan:
         """ValueError, one line, if the cluster has too few devices for this plan."""
         if self.n_devices > cluster.n_devices:
             cp = f" x cp={self.cp}" if self.cp > 1 else ""
-            raise ValueError(f"tp={self.tp} x pp={self.pp} x dp={self.dp}{cp} needs {self.n_devices:,} devices, "
-                             f"cluster {cluster.name} has {cluster.n_devices:,}; lower one of the degrees")
+            raise ValueError(f"tp={self.tp} x pp={self.pp} x dp={self.dp}{cp} needs "
+                             f"{self.n_devices:,} devices, cluster {cluster.name} has "
+                             f"{cluster.n_devices:,}; lower one of the degrees")
 
     def check(self, spec: ModelSpec) -> None:
         """ValueError, one line, if this plan cannot hold the model."""
         split = {"n_heads": spec.n_heads, "d_ff": spec.d_ff if spec.n_dense_layers else 0,
                  "d_expert": spec.d_expert or 0, "d_shared": spec.d_shared}
         if "linear" in spec.layer_kinds:
-            split |= {"linear.n_key_heads": spec.linear.n_key_heads, "linear.n_value_heads": spec.linear.n_value_heads}
+            split |= {"linear.n_key_heads": spec.linear.n_key_heads,
+                      "linear.n_value_heads": spec.linear.n_value_heads}
         for name, value in split.items():
             if value % self.tp:
-                raise ValueError(f"{name}={value} is not divisible by tp={self.tp}; choose a tp that divides it")
+                raise ValueError(f"{name}={value} is not divisible by tp={self.tp}; "
+                                 f"choose a tp that divides it")
         if spec.latent is None and spec.n_kv_heads % self.tp and self.tp % spec.n_kv_heads:
-            raise ValueError(f"n_kv_heads={spec.n_kv_heads} neither divides nor is divided by tp={self.tp}; "
-                             f"key/value heads are split or copied evenly")
+            raise ValueError(f"n_kv_heads={spec.n_kv_heads} neither divides nor is divided by "
+                             f"tp={self.tp}; key/value heads are split or copied evenly")
         if self.pp > spec.n_layers:
-            raise ValueError(f"pp={self.pp} is more than n_layers={spec.n_layers}; a stage needs a layer")
+            raise ValueError(f"pp={self.pp} is more than n_layers={spec.n_layers}; "
+                             f"a stage needs a layer")
         if self.ep > 1 and (not spec.is_moe or spec.n_experts % self.ep):
-            raise ValueError(f"n_experts={spec.n_experts} is not divisible by ep={self.ep}; choose an ep that divides it")
+            raise ValueError(f"n_experts={spec.n_experts} is not divisible by ep={self.ep}; "
+                             f"choose an ep that divides it")
 
     def layers_per_stage(self, n_layers: int) -> tuple[int, ...]:
         """Layers of each pipeline stage, as even as they get; the first stages take one more."""

@@ -149,6 +149,7 @@ def test_speculation_at_its_edges():
 
 def test_the_scaling_law_is_lowest_where_it_says():
     n, tokens = scaling_laws.optimal(5.76e23)
+    assert round(n / 1e9) == 32 and round(tokens / n) == 93       # Chinchilla itself: 70e9 and 20
     assert 6 * n * tokens == pytest.approx(5.76e23)
     best = scaling_laws.loss(n, tokens)
     assert all(scaling_laws.loss(n * f, tokens / f) > best for f in (0.9, 1.1))

@@ -26,8 +26,11 @@ def test_top_k_experts_work_not_one_and_not_all():
 
 
 def test_dense_layers_between_expert_layers_are_kept():
-    spec = ModelSpec.preset("deepseek-v3")
-    assert flops.forward(spec, 1, 1, causal=True).by_part["ffn"] == 3 * 6 * 7168 * 18432
+    """Elsewhere: shared experts and dense layers dropped."""
+    by_part = flops.forward(ModelSpec.preset("deepseek-v3"), 1, 1, causal=True).by_part
+    assert by_part["ffn"] == 3 * 6 * 7168 * 18432
+    assert by_part["experts"] == 8 * by_part["shared_experts"] == 58 * 8 * 6 * 7168 * 2048
+    assert by_part["router"] == 58 * 2 * 7168 * 256
 
 
 def test_context_costs_something_in_decode():
