@@ -110,10 +110,28 @@ def stage_parameters(spec: ModelSpec, plan: ParallelPlan, stage: int) -> dict[st
     return count
 
 
+def distinct_stages(spec: ModelSpec, plan: ParallelPlan) -> list[int]:
+    """The stages worth looking at: of those alike, the first, which holds the most in flight.
+
+    The first and the last are always there, for the embedding and the head.
+    """
+    seen, stages, start = set(), [], 0
+    for stage, n in enumerate(plan.layers_per_stage(spec.n_layers)):
+        moe = None if spec.moe_layers is None else tuple(
+            i - start for i in spec.moe_layers if start <= i < start + n)
+        kind = (spec.layer_kinds[start:start + n], moe)
+        if stage in (0, plan.pp - 1) or kind not in seen:
+            stages.append(stage)
+        if stage:
+            seen.add(kind)
+        start += n
+    return stages
+
+
 def device_parameters(spec: ModelSpec, plan: ParallelPlan) -> int:
     """Parameters on the device that holds most."""
     plan.check(spec)
-    return max(sum(stage_parameters(spec, plan, s).values()) for s in range(plan.pp))
+    return max(sum(stage_parameters(spec, plan, s).values()) for s in distinct_stages(spec, plan))
 
 
 def _state(count: dict[str, int], plan: ParallelPlan, dtype: str,
@@ -146,7 +164,7 @@ def training_state(spec: ModelSpec, plan: ParallelPlan, dtype: str = "bf16",
     """
     plan.check(spec)
     states = (_state(stage_parameters(spec, plan, stage), plan, dtype, gradient_dtype)
-              for stage in range(plan.pp))
+              for stage in distinct_stages(spec, plan))
     return max(states, key=lambda state: sum(state.values()))
 
 
@@ -204,14 +222,14 @@ def training(spec: ModelSpec, plan: ParallelPlan, seq_len: int, dtype: str = "bf
     own share are left out.
     """
     plan.check(spec)
-    uses, start = [], 0
-    for stage, n_layers in enumerate(plan.layers_per_stage(spec.n_layers)):
+    uses, layers = [], plan.layers_per_stage(spec.n_layers)
+    for stage in distinct_stages(spec, plan):
         state = _state(stage_parameters(spec, plan, stage), plan, dtype, gradient_dtype)
+        start = sum(layers[:stage])
         kept = sum(layer_activation_bytes(spec, plan, seq_len, layer)
-                   for layer in range(start, start + n_layers))
+                   for layer in range(start, start + layers[stage]))
         in_flight = min(plan.pp - stage, plan.n_micro_batches)
         uses.append(MemoryUse({**state, "activations": in_flight * kept}))
-        start += n_layers
     return max(uses, key=lambda use: use.total)
 
 
@@ -224,7 +242,7 @@ def serving(spec: ModelSpec, plan: ParallelPlan, batch: int, context: int, dtype
     """
     plan.check(spec)
     batch, context, uses = -(-batch // plan.dp), -(-context // plan.cp), []
-    for stage in range(plan.pp):
+    for stage in distinct_stages(spec, plan):
         local = stage_spec(spec, plan, stage)               # its heads are already one rank's share
         part = {"weights": sum(stage_parameters(spec, plan, stage).values()) * dtype_bytes(dtype),
                 "kv_cache": kv_cache_bytes(local, batch, context, kv_dtype)}

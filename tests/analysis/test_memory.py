@@ -258,3 +258,16 @@ def test_a_plan_must_fit_the_cluster():
 def test_latent_needs_a_cache_even_without_rotary_part():
     with pytest.raises(ValueError, match="latent.kv_rank=0"):
         LatentAttention(kv_rank=0, rope_dim=4, nope_dim=4, v_dim=4)
+
+
+@pytest.mark.parametrize("name", ["gpt-4", "gpt-3-175b", "deepseek-v3", "llama-2-7b"])
+@pytest.mark.parametrize("pp", [1, 2, 7, 16])
+def test_looking_at_distinct_stages_only_misses_nothing(name, pp, monkeypatch):
+    spec, plan = ModelSpec.preset(name), ParallelPlan(pp=pp, n_micro_batches=3)
+    few = memory.distinct_stages(spec, plan)
+    fast = (memory.device_parameters(spec, plan), memory.training(spec, plan, 2048),
+            memory.serving(spec, plan, 4, 2048), memory.training_state(spec, plan))
+    monkeypatch.setattr(memory, "distinct_stages", lambda spec, plan: list(range(plan.pp)))
+    every = (memory.device_parameters(spec, plan), memory.training(spec, plan, 2048),
+             memory.serving(spec, plan, 4, 2048), memory.training_state(spec, plan))
+    assert fast == every and len(few) <= min(pp, 6) and {0, pp - 1} <= set(few)
