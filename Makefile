@@ -2,7 +2,9 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eo pipefail -c
 .DEFAULT_GOAL := help
-PYTHON ?= python3
+# The first Python that is new enough; `make book PYTHON=...` decides otherwise.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+  $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 READY := .venv/.installed
 
@@ -12,8 +14,8 @@ help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
 
 $(READY): requirements.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
-	  { echo "This project needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || true). Try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@test -n "$(PYTHON)" && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "This project needs Python 3.11 or newer and '$(or $(PYTHON),python3)' is not; install one, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3"; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
 	  { echo "Python's venv and pip are missing; install them (Debian, Ubuntu: apt install python3-venv) and try again."; exit 1; }
 	@echo "Setting up .venv (a few minutes, once) ..."
@@ -23,9 +25,11 @@ $(READY): requirements.txt pyproject.toml
 	@touch $@
 
 book: site  ## build the HTML book and say where to open it
-	@echo "The book is ready: file://$(CURDIR)/_build/html/index.html"
+	@$(BIN)/python -c 'import pathlib; print("The book is ready:", pathlib.Path("_build/html/index.html").absolute().as_uri())'
 
+# Always from nothing: Sphinx does not repeat the warnings of a page it has cached, so a failed build would pass next time.
 site: $(READY)
+	@rm -rf _build
 	$(BIN)/jupyter-book build . -n -W --keep-going --quiet
 	@$(BIN)/python tools/pages_exist.py
 
