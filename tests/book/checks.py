@@ -5,16 +5,21 @@ from __future__ import annotations
 import html.parser
 import pathlib
 import re
+import urllib.parse
 
 WIDEST, LONGEST = 76, 15
 FIGURE = ("image/svg+xml", "image/png", "image/jpeg")
-# A number that carries weight in prose: grouped or decimal digits, or digits with a unit or a scale.
-NUMBER = re.compile(r"(?<![\w.,{^$])\d[\d,]*(?:\.\d+)?(?=\s*(?:%|billion|trillion|million|TFLOP|GB|TB|GPUs|A100|H100)\b|\s*%)"
-                    r"|(?<![\w.,^])\d{1,3}(?:(?:,|\{,\})\d{3})+(?:\.\d+)?")
+NETWORK = r"^\s*[!%]|https?://|\b(?:import|from)\s+(?:urllib|http|socket|requests|httpx|ftplib)\b|get_ipython|os\.system"
+UNCOMPARED = {"nbval-ignore-output", "nbval-skip"}
+MACHINE = r"/(?:home|root|tmp|Users)/|\bat 0x[0-9a-f]{6,}"        # what differs on the next machine
 
 
 def text(cell: dict) -> str:
     return "".join(cell["source"])
+
+
+def printed(cell: dict) -> str:
+    return "\n".join("".join(o.get("text", ())) + "".join(o.get("data", {}).get("text/plain", ())) for o in cell["outputs"])
 
 
 def code_cells(notebook: dict) -> list[dict]:
@@ -27,8 +32,8 @@ def was_run_once_in_order(notebook: dict) -> list[str]:
 
 
 def compares_something(notebook: dict) -> list[str]:
-    ignored = [c for c in code_cells(notebook) if "nbval-ignore-output" in c["metadata"].get("tags", ())
-               or "NBVAL_IGNORE_OUTPUT" in text(c)]
+    ignored = [c for c in code_cells(notebook) if UNCOMPARED & set(c["metadata"].get("tags", ()))
+               or re.search("NBVAL_(IGNORE_OUTPUT|SKIP)", text(c))]
     kept = [c for c in code_cells(notebook) if c["outputs"] and c not in ignored]
     return [f"{len(ignored)} cells ignore their output"] * (len(ignored) > 1) + ["no output is compared"] * (not kept)
 
@@ -40,10 +45,12 @@ def cells_are_clean(notebook: dict) -> list[str]:
         where = f"cell {lines[0]!r}"
         if source.rstrip().endswith(";"):
             bad.append(f"{where} ends with ';'")
-        if re.search(r"^\s*[!%]|https?://|urllib|requests\.", source, re.M):
+        if re.search(NETWORK, source, re.M):
             bad.append(f"{where} leaves the notebook")
-        if re.search(r"['\"](/|~|[A-Z]:\\)", source):
-            bad.append(f"{where} holds an absolute path")
+        if re.search(r"['\"](/|~|\.\./|[A-Z]:\\)", source):
+            bad.append(f"{where} holds a path that another machine or folder lacks")
+        if re.search(MACHINE, printed(c)):
+            bad.append(f"{where} prints a path or an address of this machine")
         if len(lines) > LONGEST or max(map(len, lines)) > WIDEST:
             bad.append(f"{where} is {len(lines)} lines of up to {max(map(len, lines))} characters")
         if any(o.get("name") == "stderr" for o in c["outputs"]):
@@ -53,9 +60,14 @@ def cells_are_clean(notebook: dict) -> list[str]:
     return bad
 
 
-def kernel_is_plain(notebook: dict) -> list[str]:
+def metadata_is_plain(notebook: dict) -> list[str]:
+    """Nothing that names the author's machine: kernel python3, no Python version, one stable id a cell."""
     name = notebook["metadata"].get("kernelspec", {}).get("name")
-    return [] if name == "python3" else [f"the kernel is {name!r}, not python3"]
+    bad = [] if name == "python3" else [f"the kernel is {name!r}, not python3"]
+    if "version" in notebook["metadata"].get("language_info", {}):
+        bad.append("the Python version is recorded; run make outputs")
+    ids = [c.get("id") for c in notebook["cells"]]
+    return bad + ["cell ids are missing or repeated"] * (None in ids or len(set(ids)) < len(ids))
 
 
 def figures_are_svg_with_alt(notebook: dict) -> list[str]:
@@ -71,45 +83,14 @@ def figures_are_svg_with_alt(notebook: dict) -> list[str]:
 
 
 def claims_used(notebook: dict) -> set[str]:
-    return {i.upper() for c in notebook["cells"] if c["cell_type"] == "markdown"
-            for i in re.findall(r"\]\(#claim-([a-z0-9]+)\)", text(c))}
+    """Ids of the claims that prose links to, or names as in "claim A1"."""
+    prose = "\n".join(text(c) for c in notebook["cells"] if c["cell_type"] == "markdown")
+    return set(re.findall(r"\]\([^)\s]*#claim-([\w]+)\)", prose)) | set(
+        i.lower() for i in re.findall(r"\bclaims?\s+([A-Z]\d+[a-z]?)\b", prose))
 
 
-def plain(number: str) -> str:
-    return number.replace("{,}", "").replace(",", "")
-
-
-def spoken(notebook: dict, claims: list[str]) -> str:
-    """All text a typed number may come from: code, its outputs, quoted claims, and the claims linked to."""
-    parts = list(claims)
-    for c in notebook["cells"]:
-        if c["cell_type"] == "code":
-            parts.append(text(c))
-            parts += ["".join(o.get("text", ())) for o in c["outputs"]]
-        else:
-            parts += [line for line in text(c).split("\n") if line.startswith(">")]
-    return "\n".join(parts)
-
-
-def typed_numbers(notebook: dict, claims: list[str] = ()) -> list[str]:
-    """Numbers in prose that no cell computes, no claim states and no quotation holds.
-
-    18,432 may also stand as 18432 in code, and 1.8 trillion as 1.8e12: the digits must be there.
-    """
-    sources = plain(spoken(notebook, claims))
-    found = set(re.findall(r"\d+(?:\.\d+)?", sources))
-    bad = []
-    for c in notebook["cells"]:
-        if c["cell_type"] != "markdown":
-            continue
-        prose = re.sub(r"<form.*?</form>|```.*?```(?!\{)|`[^`]*`|\{[a-z:]+\}`[^`]*`|\]\([^)]*\)", " ", text(c), flags=re.S)
-        prose = "\n".join(line for line in prose.split("\n") if not line.startswith((">", "#")))
-        for number in NUMBER.findall(prose):
-            value = plain(number)
-            rounded = {value, value.rstrip("0") if "." in value else value}
-            if not (rounded & found or any(f.startswith(value) and "." in f for f in found)):
-                bad.append(number)
-    return bad
+def unknown_claims(notebook: dict, known: list[str]) -> list[str]:
+    return sorted(claims_used(notebook) - {i.lower() for i in known})
 
 
 class Page(html.parser.HTMLParser):
@@ -118,6 +99,7 @@ class Page(html.parser.HTMLParser):
     def __init__(self, source: str) -> None:
         super().__init__()
         self.ids, self.links, self.images, self.loaded = set(), [], [], []
+        self._raw = None                    # inside <script> or <style>
         self.feed(source)
 
     def handle_starttag(self, tag, attrs):
@@ -127,10 +109,24 @@ class Page(html.parser.HTMLParser):
             self.links.append(attrs["href"])
         if tag == "img":
             self.images.append((attrs.get("src", ""), attrs.get("alt", "")))
-        if tag in ("script", "img", "iframe", "source") and attrs.get("src"):
-            self.loaded.append(attrs["src"])
         if tag == "link" and attrs.get("href") and attrs.get("rel") not in ("canonical", "index", "search", "next", "prev"):
             self.loaded.append(attrs["href"])
+        self.loaded += [attrs[k] for k in ("src", "poster", "data", "srcset") if attrs.get(k)]
+        self.loaded += addresses(attrs.get("style") or "")
+        self._raw = tag if tag in ("script", "style") else None
+
+    def handle_endtag(self, tag):
+        self._raw = None
+
+    def handle_data(self, data):
+        if self._raw:
+            self.loaded += addresses(data)
+
+
+def addresses(source: str) -> list[str]:
+    """Absolute addresses in a stylesheet or an inline script; an XML namespace is a name, not an address."""
+    source = re.sub(r"/\*.*?\*/", "", source, flags=re.S)
+    return re.findall(r"""(?:url\(|@import|["'`])\s*["']?((?:https?:)?//(?!www\.w3\.org/)[^"'`)\s]+)""", source)
 
 
 def external_loads(page: Page) -> list[str]:
@@ -141,13 +137,13 @@ def bare_images(page: Page) -> list[str]:
     return [src for src, alt in page.images if not alt or re.search(r"\.(svg|png|jpe?g)$", alt)]
 
 
-def broken_links(root: pathlib.Path, where: pathlib.Path, pages: dict[pathlib.Path, Page]) -> list[str]:
+def broken_links(where: pathlib.Path, pages: dict[pathlib.Path, Page]) -> list[str]:
     """Internal links of one page whose file or anchor does not exist."""
     bad = []
     for href in pages[where].links:
         if re.match(r"[a-z]+:|//", href) or href == "#":
             continue
-        file, _, anchor = href.partition("#")
+        file, _, anchor = urllib.parse.unquote(href).partition("#")
         target = (where.parent / file.partition("?")[0]).resolve() if file else where
         if not target.exists():
             bad.append(href)
