@@ -79,7 +79,7 @@ def test_active_parameters_are_those_one_token_touches():
     spec = BASE.with_(n_experts=4, top_k=2, d_expert=16, moe_layers=(0, 2))
     model = Transformer(spec).double()
     touched = experts_touched(model, torch.tensor([[3]]))
-    one = sum(p.numel() for p in model.layers[0].moe.experts[0].parameters())
+    one = sum(p[0].numel() for p in model.layers[0].moe.experts.parameters())
     idle = sum(spec.n_experts - t for t in touched) * one
     assert touched == [2, 2] and count_parameters(model)["total"] - idle == parameters(spec).active
 

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+# On Hopper cuDNN's kernel is about twice as fast as torch's default (huggingface/transformers pull request 48163).
+BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def visible(n_queries: int, n_keys: int, window: int | None, device: torch.device) -> Tensor:
@@ -47,13 +53,12 @@ def choose(q: Tensor, k: Tensor, window: int | None, sinks: Tensor | None) -> tu
     """(path, reason): which implementation `attention` takes for these arguments, and why."""
     if sinks is not None:
         return "reference", "attention sinks are not part of torch's fused attention"
-    if q.shape[2] == k.shape[2] and q.shape[1] == k.shape[1] and window is None:
-        return "causal", "a whole sequence of plain multi-head attention is torch's fused causal case"
+    if q.shape[2] == k.shape[2] and window is None:
+        return "causal", "a whole sequence is torch's fused causal case, which skips what it masks"
     return "folded", "query heads sharing a key/value head become rows, so K and V are read once"
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None,
-              sinks: Tensor | None = None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, sinks: Tensor | None = None) -> Tensor:
     """Causal attention of the last `n_queries` positions over all keys, optionally within a window.
 
     q [batch, n_heads, n_queries, head_dim], k and v [batch, n_kv_heads, n_keys, *]
@@ -64,6 +69,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None,
                          f"query heads share key/value heads evenly")
     path, _ = choose(q, k, window, sinks)
     if path == "causal":
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        with sdpa_kernel(BACKENDS, set_priority=True) if q.is_cuda else nullcontext():
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
     mask = visible(q.shape[2], k.shape[2], window, q.device)
     return folded(q, k, v, mask) if path == "folded" else reference(q, k, v, mask, sinks)

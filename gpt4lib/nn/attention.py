@@ -6,19 +6,20 @@ import torch
 from torch import Tensor, nn
 
 from gpt4lib.kernels.attention import attention
-from gpt4lib.nn.cache import KVCache
+from gpt4lib.nn.cache import KVCache, PagedKVCache
+from gpt4lib.nn.numerics import Numerics
 from gpt4lib.specs.model import ModelSpec
 
 
-def rotate(x: Tensor, start: int, base: float = 10_000.0) -> Tensor:
-    """Rotary positions on [batch, heads, tokens, width]; tokens count from `start`.
+def rotate(x: Tensor, positions: Tensor, base: float = 10_000.0) -> Tensor:
+    """Rotary positions on [batch, heads, tokens, width]; `positions` is [tokens] or [batch, tokens].
 
     Source: Su et al. 2021, arXiv:2104.09864, section 3.2; halves paired as in Llama.
     """
     half = x.shape[-1] // 2
     rates = base ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
-    positions = torch.arange(start, start + x.shape[2], device=x.device, dtype=torch.float64)
-    angle = torch.outer(positions, rates)                          # [tokens, width / 2]
+    angle = positions[..., None] * rates                           # [.., tokens, width / 2]
+    angle = angle[:, None] if angle.dim() == 3 else angle          # the same for every head
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     a, b = x[..., :half], x[..., half:]
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
@@ -31,9 +32,9 @@ class Attention(nn.Module):
     Ainslie et al. 2023, arXiv:2305.13245 (groups).
     """
 
-    def __init__(self, spec: ModelSpec, layer: int) -> None:
+    def __init__(self, spec: ModelSpec, layer: int, numerics: Numerics = Numerics()) -> None:
         super().__init__()
-        self.spec, self.layer = spec, layer
+        self.spec, self.layer, self.rope_base = spec, layer, numerics.rope_base
         self.window = spec.window if spec.layer_kinds[layer] == "window" else None
         width = spec.q_width * (2 if spec.attention_gate else 1)
         self.query = nn.Linear(spec.d_model, width, bias=spec.qkv_bias)
@@ -43,11 +44,11 @@ class Attention(nn.Module):
         full = spec.qk_norm == "full"
         self.q_norm = self.k_norm = nn.Identity()
         if spec.qk_norm != "none":
-            self.q_norm = nn.RMSNorm(spec.q_width if full else spec.head_dim, eps=1e-6)
-            self.k_norm = nn.RMSNorm(spec.kv_width if full else spec.head_dim, eps=1e-6)
+            self.q_norm = nn.RMSNorm(spec.q_width if full else spec.head_dim, eps=numerics.norm_eps)
+            self.k_norm = nn.RMSNorm(spec.kv_width if full else spec.head_dim, eps=numerics.norm_eps)
         self.sinks = nn.Parameter(torch.zeros(spec.n_heads)) if spec.sinks else None
 
-    def forward(self, x: Tensor, cache: KVCache | None, start: int) -> Tensor:
+    def forward(self, x: Tensor, cache: KVCache | PagedKVCache | None, positions: Tensor) -> Tensor:
         s = self.spec
         batch, tokens, _ = x.shape
         gate = None
@@ -60,10 +61,9 @@ class Attention(nn.Module):
         if s.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         if s.positions == "rotary":
-            q, k = rotate(q, start), rotate(k, start)
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v, window=self.window)
-        y = attention(q, k, v, window=self.window, sinks=self.sinks)
+            q, k = rotate(q, positions, self.rope_base), rotate(k, positions, self.rope_base)
+        y = (attention(q, k, v, window=self.window, sinks=self.sinks) if cache is None else
+             cache.attend(self.layer, q, k, v, self.window, self.sinks))
         y = y.transpose(1, 2).reshape(batch, tokens, s.q_width)
         return self.out(y if gate is None else y * gate.sigmoid())
 
@@ -75,27 +75,27 @@ class LatentAttention(nn.Module):
     Source: DeepSeek-V2, arXiv:2405.04434, section 2.1, equations 9-19.
     """
 
-    def __init__(self, spec: ModelSpec, layer: int) -> None:
+    def __init__(self, spec: ModelSpec, layer: int, numerics: Numerics = Numerics()) -> None:
         super().__init__()
-        self.spec, self.layer, m = spec, layer, spec.latent
+        self.spec, self.layer, self.rope_base, m = spec, layer, numerics.rope_base, spec.latent
         if m.indexer is not None:
             raise ValueError("latent.indexer is not built; its parameters can be counted, not run")
         width = spec.n_heads * (m.nope_dim + m.rope_dim)
         self.query = nn.Linear(spec.d_model, width, bias=False) if m.q_rank is None else nn.Sequential(
-            nn.Linear(spec.d_model, m.q_rank, bias=spec.qkv_bias), nn.RMSNorm(m.q_rank, eps=1e-6),
+            nn.Linear(spec.d_model, m.q_rank, bias=spec.qkv_bias), nn.RMSNorm(m.q_rank, eps=numerics.norm_eps),
             nn.Linear(m.q_rank, width, bias=False))
         self.down = nn.Linear(spec.d_model, m.kv_rank + m.rope_dim, bias=spec.qkv_bias)
-        self.norm = nn.RMSNorm(m.kv_rank, eps=1e-6)
+        self.norm = nn.RMSNorm(m.kv_rank, eps=numerics.norm_eps)
         self.up = nn.Linear(m.kv_rank, spec.n_heads * (m.nope_dim + m.v_dim), bias=False)
         self.out = nn.Linear(spec.n_heads * m.v_dim, spec.d_model, bias=spec.out_bias)
 
-    def forward(self, x: Tensor, cache: KVCache | None, start: int) -> Tensor:
+    def forward(self, x: Tensor, cache: KVCache | None, positions: Tensor) -> Tensor:
         m, heads = self.spec.latent, self.spec.n_heads
         batch, tokens, _ = x.shape
         q = self.query(x).view(batch, tokens, heads, -1).transpose(1, 2)
-        q = torch.cat([q[..., :m.nope_dim], rotate(q[..., m.nope_dim:], start)], -1)
+        q = torch.cat([q[..., :m.nope_dim], rotate(q[..., m.nope_dim:], positions, self.rope_base)], -1)
         latent, rope = self.down(x).split([m.kv_rank, m.rope_dim], -1)
-        latent = torch.cat([self.norm(latent)[:, None], rotate(rope[:, None], start)], -1)
+        latent = torch.cat([self.norm(latent)[:, None], rotate(rope[:, None], positions, self.rope_base)], -1)
         if cache is not None:
             (latent,) = cache.append(self.layer, latent)           # [batch, 1, keys, kv_rank + rope_dim]
         latent, rope = latent.split([m.kv_rank, m.rope_dim], -1)

@@ -5,25 +5,54 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gpt4lib.kernels import decode
+from gpt4lib.kernels.attention import attention
+from gpt4lib.specs.model import ModelSpec
+
 
 class KVCache:
-    """Per layer, the tensors of past tokens, [batch, heads, tokens, width], appended along tokens.
+    """Contiguous: per layer, the tensors of past tokens, [batch, heads, tokens, width], growing along tokens.
 
-    A windowed layer keeps no more than its window. Latent attention stores one tensor a layer,
-    ordinary attention two: the cache does not care which.
+    All sequences have the same length. A windowed layer keeps no more than its window. Latent attention stores
+    one tensor a layer, ordinary attention two: the cache does not care which.
     """
 
     def __init__(self) -> None:
         self.length = 0                          # tokens seen by the whole stack
-        self._layers: dict[int, tuple[Tensor, ...]] = {}
+        self._layers: dict[int, tuple[Tensor, ...]] = {}       # what is held, views into ...
+        self._buffers: dict[int, tuple[Tensor, ...]] = {}      # ... room that doubles when it is full
 
     def append(self, layer: int, *new: Tensor, window: int | None = None) -> tuple[Tensor, ...]:
         """Add the new tokens of one layer and return all that this step may attend to."""
         old = self._layers.get(layer)
-        full = new if old is None else tuple(torch.cat(pair, 2) for pair in zip(old, new))
-        kept = full if window is None else tuple(t[:, :, -window:].clone() for t in full)
-        self._layers[layer] = kept
-        return full
+        if old is None or window is not None or new[0].requires_grad:
+            full = new if old is None else tuple(torch.cat(pair, 2) for pair in zip(old, new))
+            self._layers[layer] = full if window is None else tuple(t[:, :, -window:].clone() for t in full)
+            return full
+        start, end = old[0].shape[2], old[0].shape[2] + new[0].shape[2]
+        buffers = self._buffers.get(layer)
+        if buffers is None or end > buffers[0].shape[2]:
+            buffers = tuple(t.new_empty(*t.shape[:2], 2 * end, t.shape[3]) for t in old)
+            for buffer, t in zip(buffers, old):
+                buffer[:, :, :start] = t
+            self._buffers[layer] = buffers
+        for buffer, t in zip(buffers, new):
+            buffer[:, :, start:end] = t
+        self._layers[layer] = tuple(buffer[:, :, :end] for buffer in buffers)
+        return self._layers[layer]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None, sinks: Tensor | None) -> Tensor:
+        """Add the new keys and values, and attend to all: shapes as in `kernels.attention.attention`."""
+        k, v = self.append(layer, k, v, window=window)
+        pages = k.transpose(1, 2), v.transpose(1, 2)           # a contiguous cache is one page a sequence
+        if sinks is not None or decode.choose(q, pages[0])[0] != "triton":
+            return attention(q, k, v, window=window, sinks=sinks)
+        table = torch.arange(len(q), device=q.device, dtype=torch.int32)[:, None]
+        return decode.paged_attention(q, *pages, table, torch.full_like(table[:, 0], k.shape[2]), window=window)
+
+    def positions(self, n_tokens: int, device: torch.device) -> Tensor:
+        """Where the next tokens stand, int64 [n_tokens]."""
+        return torch.arange(self.length, self.length + n_tokens, device=device)
 
     def advance(self, n_tokens: int) -> None:
         """Count the tokens of a finished forward pass."""
@@ -31,5 +60,49 @@ class KVCache:
 
     @property
     def bytes(self) -> int:
-        """Bytes held, all layers."""
+        """Bytes of the keys and values held, all layers; spare room is not counted."""
         return sum(t.numel() * t.element_size() for layer in self._layers.values() for t in layer)
+
+
+class PagedKVCache:
+    """Pages of page_size tokens in one pool; each sequence has its own length and its own list of pages.
+
+    table, int32 [batch, pages], says which page holds a sequence's tokens 0.., page_size.., and is the caller's to
+    fill; several rows may name the same page. Kwon et al. 2023, arXiv:2309.06180, section 4.
+    """
+
+    def __init__(self, spec: ModelSpec, n_pages: int, page_size: int, table: Tensor, dtype: torch.dtype = torch.float32) -> None:
+        if spec.latent is not None or spec.sinks:
+            raise ValueError(f"{spec.name}: pages hold keys and values per head; latent attention and sinks need a KVCache")
+        shape = spec.n_layers, n_pages, page_size, spec.n_kv_heads, spec.head_dim
+        self.page_size, self.table = page_size, table
+        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=table.device) for _ in range(2))
+        self.lengths = torch.zeros(len(table), dtype=torch.int32, device=table.device)
+
+    def rows(self, start: int, stop: int) -> "PagedKVCache":
+        """The same pages, seen by some of the sequences: to prefill one while others wait."""
+        part = object.__new__(PagedKVCache)
+        part.__dict__.update(self.__dict__, table=self.table[start:stop], lengths=self.lengths[start:stop])
+        return part
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest sequence."""
+        return int(self.lengths.max())
+
+    def positions(self, n_tokens: int, device: torch.device) -> Tensor:
+        """Where each sequence's next tokens stand, int64 [batch, n_tokens]."""
+        return self.lengths[:, None].long() + torch.arange(n_tokens, device=device)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None, sinks: Tensor | None) -> Tensor:
+        """Write the new keys and values into their pages, and attend to each sequence's own."""
+        where = self.positions(q.shape[2], q.device)                             # [batch, n_tokens]
+        page = self.table.long().gather(1, where // self.page_size)
+        for pool, new in ((self.keys, k), (self.values, v)):
+            pool[layer][page, where % self.page_size] = new.transpose(1, 2).to(pool.dtype)
+        return decode.paged_attention(q, self.keys[layer], self.values[layer], self.table,
+                                      self.lengths + q.shape[2], window=window)
+
+    def advance(self, n_tokens: int) -> None:
+        """Count the tokens of a finished forward pass."""
+        self.lengths += n_tokens

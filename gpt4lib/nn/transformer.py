@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt4lib.nn.attention import Attention, LatentAttention
-from gpt4lib.nn.cache import KVCache
+from gpt4lib.nn.cache import KVCache, PagedKVCache
 from gpt4lib.nn.moe import FeedForward, MoE
+from gpt4lib.nn.numerics import Numerics
 from gpt4lib.specs.model import ModelSpec
 
-NORMS = {"rmsnorm": lambda d: nn.RMSNorm(d, eps=1e-6),
+NORMS = {"rmsnorm": nn.RMSNorm,
          "layernorm": nn.LayerNorm,
-         "layernorm_nobias": lambda d: nn.LayerNorm(d, bias=False)}
+         "layernorm_nobias": lambda d, eps: nn.LayerNorm(d, eps, bias=False)}
 
 
 class Block(nn.Module):
@@ -23,25 +26,25 @@ class Block(nn.Module):
     normalised input in parallel (GPT-J, PaLM).
     """
 
-    def __init__(self, spec: ModelSpec, layer: int) -> None:
+    def __init__(self, spec: ModelSpec, layer: int, numerics: Numerics) -> None:
         super().__init__()
-        self.attention = (LatentAttention if spec.latent else Attention)(spec, layer)
-        self.moe = MoE(spec) if spec.is_moe_layer(layer) else None
-        self.ffn = None if self.moe else FeedForward(spec.d_model, spec.d_ff, spec.gated_ffn, spec.ffn_bias)
-        self.norms = nn.ModuleList(NORMS[spec.norm](spec.d_model) for _ in range(spec.norms_per_layer))
+        self.attention = (LatentAttention if spec.latent else Attention)(spec, layer, numerics)
+        self.moe = MoE(spec, numerics) if spec.is_moe_layer(layer) else None
+        self.ffn = None if self.moe else FeedForward(spec.d_model, spec.d_ff, spec.gated_ffn, spec.ffn_bias, numerics.gelu)
+        self.norms = nn.ModuleList(NORMS[spec.norm](spec.d_model, numerics.norm_eps) for _ in range(spec.norms_per_layer))
 
     def feed_forward(self, x: Tensor) -> Tensor:
         if self.ffn is not None:
             return self.ffn(x)
         return self.moe(x.flatten(0, 1)).view_as(x)
 
-    def forward(self, x: Tensor, cache: KVCache | None, start: int) -> Tensor:
+    def forward(self, x: Tensor, cache: KVCache | PagedKVCache | None, positions: Tensor) -> Tensor:
         if len(self.norms) == 1:
             y = self.norms[0](x)
-            return x + self.attention(y, cache, start) + self.feed_forward(y)
+            return x + self.attention(y, cache, positions) + self.feed_forward(y)
         before, *rest = self.norms
         after_attention, middle, after_ffn = rest if len(rest) == 3 else (nn.Identity(), rest[0], nn.Identity())
-        x = x + after_attention(self.attention(before(x), cache, start))
+        x = x + after_attention(self.attention(before(x), cache, positions))
         return x + after_ffn(self.feed_forward(middle(x)))
 
 
@@ -52,16 +55,17 @@ class Transformer(nn.Module):
     this module does not build.
     """
 
-    def __init__(self, spec: ModelSpec, seed: int = 0) -> None:
+    def __init__(self, spec: ModelSpec, seed: int = 0, numerics: Numerics = Numerics()) -> None:
         super().__init__()
         _refuse_what_is_not_built(spec)
-        self.spec = spec
+        self.spec, self.numerics = spec, numerics
+        norm = partial(NORMS[spec.norm], spec.d_model, numerics.norm_eps)
         self.embedding = nn.Embedding(spec.vocab_size, spec.d_model)
         self.positions = (nn.Embedding(spec.context + spec.position_offset, spec.d_model)
                           if spec.positions == "learned" else None)
-        self.embedding_norm = NORMS[spec.norm](spec.d_model) if spec.embedding_norm else nn.Identity()
-        self.layers = nn.ModuleList(Block(spec, i) for i in range(spec.n_layers))
-        self.final_norm = NORMS[spec.norm](spec.d_model) if spec.final_norm else nn.Identity()
+        self.embedding_norm = norm() if spec.embedding_norm else nn.Identity()
+        self.layers = nn.ModuleList(Block(spec, i, numerics) for i in range(spec.n_layers))
+        self.final_norm = norm() if spec.final_norm else nn.Identity()
         self.head = None if spec.tied else nn.Linear(spec.d_model, spec.vocab_size, bias=False)
         self.head_bias = nn.Parameter(torch.zeros(spec.vocab_size)) if spec.head_bias else None
         self._draw(seed)
@@ -73,28 +77,28 @@ class Transformer(nn.Module):
         for name, p in self.named_parameters():
             if p.is_meta:
                 continue
-            if p.dim() > 1:
+            if p.dim() > 1 and not name.endswith("bias"):
                 p.copy_(0.02 * torch.randn(p.shape, generator=generator, device="cpu", dtype=torch.float32))
             elif name.endswith("bias"):
                 p.zero_()
 
-    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        start = cache.length if cache is not None else 0
-        self._check(tokens, start)
+    def forward(self, tokens: Tensor, cache: KVCache | PagedKVCache | None = None) -> Tensor:
+        n = tokens.shape[1]
+        self._check(n, cache.length if cache is not None else 0)
+        positions = torch.arange(n, device=tokens.device) if cache is None else cache.positions(n, tokens.device)
         x = self.embedding(tokens)
         if self.positions is not None:
-            where = torch.arange(start, start + tokens.shape[1], device=tokens.device)
-            x = x + self.positions(where + self.spec.position_offset)
+            x = x + self.positions(positions + self.spec.position_offset)
         x = self.embedding_norm(x)
         for layer in self.layers:
-            x = layer(x, cache, start)
+            x = layer(x, cache, positions)
         if cache is not None:
-            cache.advance(tokens.shape[1])
+            cache.advance(n)
         weight = self.embedding.weight if self.head is None else self.head.weight
         return F.linear(self.final_norm(x), weight, self.head_bias)
 
-    def _check(self, tokens: Tensor, start: int) -> None:
-        end = start + tokens.shape[1]
+    def _check(self, n_tokens: int, start: int) -> None:
+        end = start + n_tokens
         if end > self.spec.context:
             raise ValueError(f"{end} tokens do not fit in context={self.spec.context}; shorten the prompt "
                              f"or build the model from a spec with a longer context")

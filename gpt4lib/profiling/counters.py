@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from gpt4lib.nn.cache import KVCache
-from gpt4lib.nn.moe import MoE
+from gpt4lib.nn.moe import routings
 from gpt4lib.nn.transformer import Transformer
 
 # The first matching fragment of a parameter's name decides its part.
@@ -44,19 +44,9 @@ def count_flop(model: Transformer, tokens: Tensor, cache: KVCache | None = None)
 @torch.no_grad()
 def experts_touched(model: Transformer, tokens: Tensor) -> list[int]:
     """How many distinct experts one forward pass calls in each mixture layer, in layer order."""
-    touched: list[int] = []
-
-    def watch(module: MoE, args: tuple[Tensor], _output: Tensor) -> None:
-        chosen, _ = module.route(args[0])
-        touched.append(chosen.unique().numel())
-
-    hooks = [m.register_forward_hook(watch) for m in model.modules() if isinstance(m, MoE)]
-    try:
+    with routings(model) as seen:
         model(tokens)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return touched
+    return [routing.chosen.unique().numel() for routing in seen]
 
 
 def kv_cache_bytes(cache: KVCache) -> int:

@@ -5,7 +5,6 @@ import torch
 
 from gpt4lib.kernels import attention as kernel
 from gpt4lib.nn.cache import KVCache
-from gpt4lib.nn.moe import MoE
 from gpt4lib.nn.transformer import Transformer
 from gpt4lib.specs import LatentAttention, LinearAttention, ModelSpec
 
@@ -93,44 +92,6 @@ def test_what_is_not_built_says_so(change, words):
         Transformer(BASE.with_(**change))
 
 
-# --- mixture of experts ----------------------------------------------------------------------------------
-MIXED = BASE.with_(n_experts=4, top_k=2, d_expert=16, d_shared=8, shared_gate=True)
-
-
-def moe():
-    return Transformer(MIXED, seed=2).double().layers[0].moe
-
-
-def test_gates_are_the_renormalised_softmax_and_sum_to_one():
-    layer, x = moe(), torch.randn(9, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    chosen, gates = layer.route(x)
-    softmax = layer.router(x).softmax(-1).gather(1, chosen)
-    torch.testing.assert_close(gates, softmax / softmax.sum(-1, keepdim=True), **EXACT)
-
-
-def test_a_token_s_output_does_not_depend_on_the_others():
-    """Equal up to the last bits: a matrix product may sum in another order for another number of rows."""
-    layer, x = moe(), torch.randn(9, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    torch.testing.assert_close(layer(x)[3:4], layer(x[3:4]), **EXACT)
-
-
-def test_experts_without_tokens_get_zero_gradients_not_none_or_nan():
-    layer = moe()
-    with torch.no_grad():
-        layer.router.weight.zero_()
-        layer.router.weight[:2] += 1.0
-    out = layer(torch.ones(3, 24, dtype=torch.float64))
-    out.sum().backward()
-    idle = [e for e in layer.experts if e.up.weight.grad is None or not e.up.weight.grad.any()]
-    assert len(idle) == 2 and torch.isfinite(out).all()
-
-
-def test_the_router_decides_in_fp32_even_for_a_bf16_model():
-    layer = MoE(MIXED).bfloat16()
-    _, gates = layer.route(torch.randn(5, 24, generator=torch.Generator().manual_seed(1)).bfloat16())
-    assert gates.dtype == torch.float32
-
-
 # --- attention -------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("n_kv", [1, 2, 6])
 @pytest.mark.parametrize("n_queries", [1, 3, 8])
@@ -148,7 +109,8 @@ def test_every_path_equals_the_reference(n_kv, n_queries, window):
 def test_the_choice_can_be_asked_for():
     q, k = torch.zeros(1, 4, 8, 2), torch.zeros(1, 4, 8, 2)
     assert kernel.choose(q, k, None, None)[0] == "causal"
-    assert kernel.choose(q, k[:, :1], None, None)[0] == "folded"
+    assert kernel.choose(q[:, :, :1], k[:, :1], None, None)[0] == "folded"
+    assert kernel.choose(q, k, 3, None)[0] == "folded"
     path, reason = kernel.choose(q, k, None, torch.zeros(4))
     assert path == "reference" and "sinks" in reason
 

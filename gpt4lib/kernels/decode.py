@@ -1,0 +1,92 @@
+"""Decoding over a paged key/value cache: few queries, many keys, so the time is that of reading the keys.
+
+A sequence's keys live in pages scattered over a pool; `table` says which. The queries are its last positions:
+one when decoding, a handful when a speculative guess is verified. Kwon et al. 2023, arXiv:2309.06180, section 4.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from gpt4lib.kernels import support
+from gpt4lib.kernels.attention import folded, reference, visible
+
+CHUNK = 512              # keys per split. Fixed, so a sequence is cut alike alone and in any batch
+MAX_QUERIES = 16
+MAX_HEAD_DIM = 256
+
+
+def sequence_keys(pages: Tensor, table: Tensor, length: int) -> Tensor:
+    """One sequence's rows in order: pages [n_pages, page, heads, width], table [pages] -> [1, heads, length, width]."""
+    page = pages.shape[1]
+    rows = pages[table[:-(-length // page)].long()].flatten(0, 1)[:length]
+    return rows.transpose(0, 1)[None]
+
+
+def by_sequence(q: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor, lengths: Tensor,
+                window: int | None, attend=reference) -> Tensor:
+    """One sequence at a time through an attention over contiguous keys: the oracle, and with `folded` the CPU path."""
+    out = torch.zeros_like(q)
+    for b, length in enumerate(lengths.tolist()):
+        if length:
+            k, v = (sequence_keys(pages, table[b], length) for pages in (k_pages, v_pages))
+            out[b] = attend(q[b:b + 1], k, v, visible(q.shape[2], length, window, q.device))[0]
+    return out
+
+
+def choose(q: Tensor, k_pages: Tensor) -> tuple[str, str]:
+    """(path, reason): which implementation `paged_attention` takes for these arguments, and why."""
+    missing = support.why_not_triton(q)
+    if missing is None and q.shape[3] > MAX_HEAD_DIM:
+        missing = f"head_dim={q.shape[3]} is above the kernel's {MAX_HEAD_DIM}"
+    if missing is None and q.shape[2] > MAX_QUERIES:
+        missing = f"{q.shape[2]} queries are a prefill, not a decode"
+    if missing is None:
+        return "triton", f"CUDA: keys are read once, in parallel chunks of {CHUNK}"
+    return "folded", f"{missing}; one sequence at a time, query heads folded into rows"
+
+
+@torch.library.custom_op("gpt4lib::paged_attention", mutates_args=())
+def _paged_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor, lengths: Tensor,
+                     window: int, path: str, chunk: int) -> Tensor:
+    if path == "triton":
+        from gpt4lib.kernels import decode_triton
+        return decode_triton.forward(q, k_pages, v_pages, table, lengths, window, chunk)
+    return by_sequence(q, k_pages, v_pages, table, lengths, window or None, folded)
+
+
+@_paged_attention.register_fake
+def _(q, k_pages, v_pages, table, lengths, window, path, chunk):
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+@register_flop_formula(torch.ops.gpt4lib.paged_attention)
+def _flop(q_shape, k_shape, v_shape, table_shape, *_, **__) -> int:
+    """Scores and values over every page a sequence owns, as torch counts attention: masked keys too."""
+    batch, heads, queries, width = q_shape
+    return 4 * batch * heads * queries * width * table_shape[1] * k_shape[1]
+
+
+def paged_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor, lengths: Tensor, *,
+                    window: int | None = None, path: str | None = None, chunk: int = CHUNK) -> Tensor:
+    """Causal attention of each sequence's last positions over its pages; forward only.
+
+    q [batch, n_heads, n_queries, head_dim]; k_pages, v_pages [n_pages, page, n_kv_heads, head_dim];
+    table int32 [batch, pages]; lengths int32 [batch], the keys of each sequence, its queries among them
+    (0 gives zeros: an empty seat in a fixed batch) -> like q. `path` forces "triton" or "folded"; None asks
+    `choose`. The Triton result of a sequence is bitwise the same whatever else is in the batch.
+    Raises ValueError, one line, for shapes that do not fit.
+    """
+    batch, heads, _, width = q.shape
+    n_kv = k_pages.shape[2]
+    if heads % n_kv:
+        raise ValueError(f"n_heads={heads} is not divisible by n_kv_heads={n_kv}; query heads share key/value heads evenly")
+    if k_pages.shape != v_pages.shape or k_pages.shape[3] != width or len(table) != batch or lengths.shape != (batch,):
+        raise ValueError(f"q {tuple(q.shape)}, k_pages {tuple(k_pages.shape)}, v_pages {tuple(v_pages.shape)}, table "
+                         f"{tuple(table.shape)} and lengths {tuple(lengths.shape)} do not fit; see the docstring")
+    if path == "triton":
+        support.require_triton(q, path)
+    path = path or choose(q, k_pages)[0]
+    return _paged_attention(q, k_pages, v_pages, table.int(), lengths.int(), window or 0, path, chunk)

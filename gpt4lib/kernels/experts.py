@@ -1,0 +1,204 @@
+"""The feed-forward experts of a mixture: one oracle, three fast paths, one dispatcher, one custom op.
+
+Routing is one tensor, `chosen` int64 [tokens, top_k]: the experts of every token. A slot is one entry of it;
+a slot that holds n_experts was dropped and costs nothing. Everything else is derived from it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from gpt4lib.kernels import support
+from gpt4lib.kernels.grouped import grouped_outer, grouped_rows, why_not_grouped_mm
+
+ACTIVATIONS = ("swiglu", "gelu", "gelu_tanh")
+PATHS = (None, "grouped", "triton", "triton_small")
+SMALL_BATCH = 16                     # tokens that fit the smallest tile of a tensor core
+
+
+class Dispatch(NamedTuple):
+    """Slots sorted by expert. order[i] = token * top_k + choice; expert e owns order[ends[e-1]:ends[e]]."""
+    order: Tensor                    # int64 [n_slots]
+    ends: Tensor                     # int32 [n_experts]; slots past the last end were dropped
+
+
+def dispatch(chosen: Tensor, n_experts: int) -> Dispatch:
+    """Sort the slots, not the data: no host synchronisation, the same order every time."""
+    expert, order = chosen.flatten().sort(stable=True)
+    every = torch.arange(n_experts, device=chosen.device)
+    return Dispatch(order, torch.searchsorted(expert, every, right=True, out_int32=True))
+
+
+def combine(slots: Tensor, gates: Tensor) -> Tensor:
+    """Weighted sum of each token's slots in fp32 or better: [n_slots, d], [tokens, top_k] -> [tokens, d].
+
+    A reshape and a sum in the order of the choices: no atomics, so the result is the same every time.
+    """
+    wide = torch.promote_types(slots.dtype, torch.float32)
+    by_choice, gates = slots.view(*gates.shape, -1).unbind(1), gates.to(wide)
+    out = by_choice[0].to(wide) * gates[:, :1]
+    for k, slot in enumerate(by_choice[1:], 1):
+        out = torch.addcmul(out, slot.to(wide), gates[:, k:k + 1])
+    return out.to(slots.dtype)
+
+
+def within_capacity(chosen: Tensor, n_experts: int, capacity: int) -> Tensor:
+    """`chosen` with the slots beyond each expert's capacity marked dropped (= n_experts).
+
+    Priority: all first choices before all second ones, earlier tokens first (GShard, arXiv:2006.16668,
+    algorithm 1). A token is chosen by an expert at most once, so a capacity above `tokens` changes nothing.
+    """
+    by_choice = chosen.t().flatten()
+    expert, order = by_choice.sort(stable=True)
+    rank = torch.arange(len(expert), device=chosen.device) - torch.searchsorted(expert, expert)
+    kept = torch.empty_like(rank, dtype=torch.bool).scatter_(0, order, rank < capacity)
+    return chosen.where(kept.view(chosen.shape[::-1]).t(), n_experts)
+
+
+def activate(z: Tensor, activation: str) -> Tensor:
+    """[.., 2 f] -> [.., f] for "swiglu" (gate, then up), the same width for the others."""
+    if activation == "swiglu":
+        gate, up = z.chunk(2, -1)
+        return F.silu(gate) * up
+    return F.gelu(z, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def activate_backward(grad: Tensor, z: Tensor, activation: str) -> Tensor:
+    """The gradient of z from that of activate(z)."""
+    if activation == "swiglu":
+        gate, up = z.chunk(2, -1)
+        return torch.cat([torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)], -1)
+    return torch.ops.aten.gelu_backward(grad, z, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def reference(x: Tensor, chosen: Tensor, gates: Tensor, w_in: Tensor, w_out: Tensor, b_in: Tensor | None = None,
+              b_out: Tensor | None = None, activation: str = "swiglu") -> Tensor:
+    """The definition: a loop over experts, each reading its own tokens. Jiang et al. 2024, arXiv:2401.04088."""
+    out = torch.zeros_like(x)
+    for e in range(len(w_in)):
+        token, choice = (chosen == e).nonzero(as_tuple=True)
+        h = activate(F.linear(x[token], w_in[e], None if b_in is None else b_in[e]), activation)
+        y = F.linear(h, w_out[e], None if b_out is None else b_out[e])
+        out = out.index_add(0, token, gates[token, choice, None].to(x.dtype) * y)
+    return out
+
+
+def choose(x: Tensor, chosen: Tensor, w_in: Tensor, b_in: Tensor | None = None) -> tuple[str, str]:
+    """(path, reason): which implementation `experts` takes for these arguments, and why."""
+    missing = support.why_not_triton(x)
+    if missing is None and b_in is not None:
+        missing = "the Triton kernels have no expert biases"
+    if missing is None and len(chosen) <= SMALL_BATCH:
+        return "triton_small", f"{len(chosen)} tokens fit one tile: only the experts they touch are read"
+    if missing is None:
+        return "triton", "CUDA: the gather and the activation are fused into the grouped products"
+    detail = why_not_grouped_mm(x, w_in)
+    return "grouped", f"{missing}; torch's grouped_mm" if detail is None else f"{missing}; {detail}"
+
+
+@torch.library.custom_op("gpt4lib::experts", mutates_args=())
+def _experts(x: Tensor, chosen: Tensor, w_in: Tensor, w_out: Tensor, b_in: Tensor | None, b_out: Tensor | None,
+             activation: str, path: str, save: bool) -> tuple[Tensor, Tensor]:
+    """-> (slots [n_slots, d], what the backward pass needs: pre-activations in sorted order, or nothing)."""
+    few = path == "triton_small" and not save
+    order, ends = (None, None) if few else dispatch(chosen, len(w_in))
+    if path != "grouped":
+        from gpt4lib.kernels import experts_triton
+        return experts_triton.forward(x, chosen, order, ends, w_in, w_out, activation, save, few)
+    z = grouped_rows(x[order // chosen.shape[1]], w_in, ends)
+    z = z if b_in is None else z + _by_row(b_in, ends, z)
+    y = grouped_rows(activate(z, activation), w_out, ends)
+    y = y if b_out is None else y + _by_row(b_out, ends, y)
+    return torch.empty_like(y).index_copy_(0, order, y), z if save else z.new_empty(0)
+
+
+def _by_row(bias: Tensor, ends: Tensor, like: Tensor) -> Tensor:
+    """Each row's expert's bias, zero for dropped rows."""
+    expert = torch.searchsorted(ends, torch.arange(len(like), device=like.device), right=True)
+    return F.pad(bias, (0, 0, 0, 1))[expert]
+
+
+@_experts.register_fake
+def _(x, chosen, w_in, w_out, b_in, b_out, activation, path, save):
+    return x.new_empty(chosen.numel(), x.shape[1]), x.new_empty(*(chosen.numel(), w_in.shape[1]) if save else (0,))
+
+
+@torch.library.custom_op("gpt4lib::experts_backward", mutates_args=())
+def _experts_backward(grad: Tensor, x: Tensor, chosen: Tensor, w_in: Tensor, w_out: Tensor, z: Tensor,
+                      activation: str, biases: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, w_in, w_out and the biases (empty without them), from that of the slots."""
+    top_k, n_experts = chosen.shape[1], len(w_in)
+    order, ends = dispatch(chosen, n_experts)
+    grad = grad[order]                                                        # [n_slots, d]
+    h, dh = activate(z, activation), grouped_rows(grad, w_out.transpose(1, 2), ends)
+    dz = activate_backward(dh, z, activation)
+    dx = torch.empty_like(grad).index_copy_(0, order, grouped_rows(dz, w_in.transpose(1, 2), ends))
+    one = z.new_ones(len(z), 1)
+    db_in, db_out = (grouped_outer(d, one, ends)[..., 0] if biases else z.new_empty(0) for d in (dz, grad))
+    rows = x[order // top_k]
+    return dx.view(len(x), top_k, -1).sum(1), grouped_outer(dz, rows, ends), grouped_outer(grad, h, ends), db_in, db_out
+
+
+@_experts_backward.register_fake
+def _(grad, x, chosen, w_in, w_out, z, activation, biases):
+    bias = (w_in.new_empty(w_in.shape[:2]), w_in.new_empty(w_out.shape[:2])) if biases else (z.new_empty(0),) * 2
+    return torch.empty_like(x), torch.empty_like(w_in), torch.empty_like(w_out), *bias
+
+
+def _keep(ctx, inputs, output) -> None:
+    x, chosen, w_in, w_out, b_in, _, ctx.activation, *_ = inputs
+    ctx.biases = b_in is not None
+    ctx.save_for_backward(x, chosen, w_in, w_out, output[1])
+
+
+def _differentiate(ctx, grad: Tensor, _) -> tuple[Tensor | None, ...]:
+    dx, dw_in, dw_out, db_in, db_out = _experts_backward(grad.contiguous(), *ctx.saved_tensors, ctx.activation, ctx.biases)
+    return dx, None, dw_in, dw_out, *((db_in, db_out) if ctx.biases else (None, None)), None, None, None
+
+
+_experts.register_autograd(_differentiate, setup_context=_keep)
+
+
+@register_flop_formula(torch.ops.gpt4lib.experts)
+def _flop(x_shape, chosen_shape, w_in_shape, w_out_shape, *_, **__) -> int:
+    """Two FLOP per slot and weight of one expert, as torch counts every matrix product."""
+    slots = chosen_shape[0] * chosen_shape[1]
+    return 2 * slots * (w_in_shape[1] * w_in_shape[2] + w_out_shape[1] * w_out_shape[2])
+
+
+@register_flop_formula(torch.ops.gpt4lib.experts_backward)
+def _flop_backward(grad_shape, x_shape, chosen_shape, w_in_shape, w_out_shape, *_, **__) -> int:
+    return 2 * _flop(x_shape, chosen_shape, w_in_shape, w_out_shape)
+
+
+def experts(x: Tensor, chosen: Tensor, w_in: Tensor, w_out: Tensor, b_in: Tensor | None = None,
+            b_out: Tensor | None = None, *, activation: str = "swiglu", path: str | None = None) -> Tensor:
+    """Every slot through its expert: x [tokens, d], chosen int64 [tokens, top_k] -> [tokens * top_k, d].
+
+    w_in [n_experts, 2 f, d] for "swiglu" (gate rows, then up), [n_experts, f, d] otherwise; w_out
+    [n_experts, d, f]. Both biases or none. Dropped slots come out zero. `path` forces one of "grouped",
+    "triton", "triton_small"; None asks `choose`. Differentiable in x, weights and biases.
+    Raises ValueError, one line, for shapes that do not fit or a path that cannot run.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation={activation!r} is not known; accepted: {', '.join(ACTIVATIONS)}")
+    n, width, d = w_in.shape
+    f = width // 2 if activation == "swiglu" else width
+    if x.shape[1] != d or tuple(w_out.shape) != (n, d, f) or len(chosen) != len(x):
+        raise ValueError(f"x {tuple(x.shape)}, chosen {tuple(chosen.shape)}, w_in {tuple(w_in.shape)} and w_out "
+                         f"{tuple(w_out.shape)} do not fit; w_out must be ({n}, {d}, {f}) and x one row per choice")
+    if path not in PATHS:
+        raise ValueError(f"path={path!r} is not known; accepted: {', '.join(map(str, PATHS))}")
+    if path not in (None, "grouped"):
+        support.require_triton(x, path)
+        if b_in is not None or path == "triton_small" and len(x) > SMALL_BATCH:
+            raise ValueError(f"path={path!r} has no biases and takes at most {SMALL_BATCH} tokens if small; got "
+                             f"{len(x)} tokens{' and biases' if b_in is not None else ''}; leave path out")
+    path = path or choose(x, chosen, w_in, b_in)[0]
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w_in, w_out, b_in, b_out))
+    return _experts(x, chosen, w_in, w_out, b_in, b_out, activation, path, save)[0]

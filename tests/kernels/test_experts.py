@@ -1,0 +1,190 @@
+"""Every path of the experts against the loop, in value and gradient; and the op as torch sees it."""
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from gpt4lib.kernels import experts as kernel
+from gpt4lib.kernels.grouped import FEW_ROWS, grouped_outer, grouped_rows, times_transposed, why_not_grouped_mm
+
+pytest.importorskip("triton", reason="Triton has no wheels here")
+PATHS = ("grouped", "triton")
+# Largest error allowed, relative to the largest value. fp32: sums of up to 100 terms in another order. fp16 and
+# bf16: the hidden layer and the output are each rounded once, and Triton's interpreter truncates when it stores
+# bfloat16, so up to 2 units in the last place of the hidden layer add up.
+TOLERANCE = {torch.float64: 1e-14, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def case(tokens, top_k, n_experts, d, f, dtype, activation="swiglu", seed=0, used=None):
+    """Random input; only the first `used` experts are ever chosen. fp32 draws, rounded to dtype."""
+    g = torch.Generator().manual_seed(seed)
+    wide = 2 * f if activation == "swiglu" else f
+    x = torch.randn(tokens, d, generator=g)
+    w_in = torch.randn(n_experts, wide, d, generator=g) / d ** 0.5
+    w_out = torch.randn(n_experts, d, f, generator=g) / f ** 0.5
+    chosen = torch.rand(tokens, used or n_experts, generator=g).topk(top_k).indices
+    gates = torch.rand(tokens, top_k, generator=g)
+    return [t.to(DEVICE, dtype if t.is_floating_point() else None) for t in (x, chosen, gates.double().float(), w_in, w_out)]
+
+
+def both(args, path, activation="swiglu"):
+    """(ours, the loop's in fp64) on the same numbers."""
+    x, chosen, gates, w_in, w_out = args
+    ours = kernel.combine(kernel.experts(x, chosen, w_in, w_out, activation=activation, path=path), gates)
+    exact = kernel.reference(*(t.double() if t.is_floating_point() else t for t in args), activation=activation)
+    return ours, exact
+
+
+def close(ours, exact, dtype):
+    error = (ours.double() - exact).abs().max() / exact.abs().max().clamp(min=1e-30)
+    assert torch.isfinite(ours).all() and error < TOLERANCE[dtype], error.item()
+
+
+SHAPES = {"typical": (50, 2, 4, 64, 48), "one token": (1, 2, 4, 64, 32), "one expert": (33, 1, 1, 32, 32),
+          "ragged widths": (21, 3, 5, 40, 24), "more experts than slots": (5, 2, 40, 32, 16), "many rows": (150, 2, 3, 32, 32)}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("path", PATHS)
+def test_every_path_equals_the_loop(shape, dtype, path):
+    close(*both(case(*shape, dtype), path), dtype)
+
+
+@pytest.mark.parametrize("activation", kernel.ACTIVATIONS)
+@pytest.mark.parametrize("path", ["triton", "triton_small"])
+def test_every_activation(activation, path):
+    close(*both(case(7, 2, 5, 32, 24, torch.float32, activation), path, activation), torch.float32)
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 4, 64, 32), (7, 3, 5, 40, 24), (16, 2, 40, 32, 32), (16, 1, 1, 32, 16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_small_batch_path_equals_the_loop(shape, dtype):
+    close(*both(case(*shape, dtype), "triton_small"), dtype)
+
+
+def test_the_small_batch_path_never_reads_an_expert_nobody_chose():
+    x, chosen, gates, w_in, w_out = case(4, 2, 6, 32, 16, torch.float32, used=3)
+    w_in[3:], w_out[3:] = float("nan"), float("nan")
+    for path in ("triton_small", "triton", "grouped"):
+        assert torch.isfinite(kernel.experts(x, chosen, w_in, w_out, path=path)).all()
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("activation", kernel.ACTIVATIONS)
+def test_gradients_equal_those_of_the_loop(path, activation):
+    dtype = torch.float32 if path == "triton" else torch.float64
+    args = case(30, 2, 5, 24, 16, dtype, activation, used=4)             # expert 4 gets no token
+    args[2] = args[2].to(dtype)
+    leaves = [t for t in args if t.is_floating_point()]
+    twins = [t.double() for t in leaves]
+    for t in leaves + twins:
+        t.requires_grad_()
+    x, gates, w_in, w_out = leaves
+    ours = kernel.combine(kernel.experts(x, args[1], w_in, w_out, activation=activation, path=path), gates)
+    exact = kernel.reference(twins[0], args[1], *twins[1:], activation=activation)
+    for a, b in zip(torch.autograd.grad(ours.square().sum(), leaves), torch.autograd.grad(exact.square().sum(), twins)):
+        close(a, b, dtype)
+
+
+def test_gradients_of_biases():
+    x, chosen, gates, w_in, w_out = case(9, 2, 4, 8, 6, torch.float64)
+    biases = torch.randn(4, 12, dtype=torch.float64), torch.randn(4, 8, dtype=torch.float64)
+    args = [t.requires_grad_() for t in (x, w_in, w_out, *biases)]
+    assert torch.autograd.gradcheck(lambda x, *w: kernel.experts(x, chosen, *w), args)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_dropped_slots_are_zero_and_give_no_gradient(path):
+    """grouped_mm leaves rows past the last offset uninitialised; nothing of that may be seen."""
+    x, chosen, _, w_in, w_out = case(20, 2, 4, 16, 16, torch.float32)
+    chosen = kernel.within_capacity(chosen, 4, 3)
+    x.requires_grad_(), w_in.requires_grad_()
+    slots = kernel.experts(x, chosen, w_in, w_out, path=path)
+    gone = (chosen == 4).flatten()
+    assert gone.sum() == 28 and not slots[gone].any() and torch.isfinite(slots).all()
+    slots[gone].sum().backward()
+    assert not x.grad.any() and not w_in.grad.any()
+
+
+def test_the_same_input_gives_the_same_bits():
+    args = case(64, 4, 8, 32, 16, torch.float32)
+    assert torch.equal(both(args, "triton")[0], both(args, "triton")[0])
+    assert torch.equal(both(args, "grouped")[0], both(args, "grouped")[0])
+
+
+@pytest.mark.parametrize("rows", [1, 2, FEW_ROWS, FEW_ROWS + 1])
+@pytest.mark.parametrize("width", [6, 7])
+def test_few_rows_are_multiplied_the_other_way_round_with_the_same_result(rows, width):
+    x, w = torch.randn(rows, 5, dtype=torch.float64), torch.randn(width, 5, dtype=torch.float64)
+    out = torch.empty(rows, width, dtype=torch.float64)
+    times_transposed(x, w, out)
+    torch.testing.assert_close(out, x @ w.t(), rtol=1e-14, atol=1e-14)
+
+
+def test_rows_past_the_last_run_come_out_zero():
+    ends = torch.tensor([2, 2, 5], dtype=torch.int32)
+    rows, weight = torch.randn(7, 8), torch.randn(3, 6, 8)
+    out = grouped_rows(rows, weight, ends)
+    assert not out[5:].any() and torch.equal(out[:2], rows[:2] @ weight[0].t()) or torch.allclose(out[:2], rows[:2] @ weight[0].t())
+    outer = grouped_outer(rows, out, ends)
+    assert not outer[1].any() and torch.allclose(outer[2], rows[2:5].t() @ out[2:5], atol=1e-5)
+
+
+def test_torch_s_own_grouped_mm_agrees_where_it_will_be_used():
+    """The same two products through torch.nn.functional.grouped_mm, as they run on CUDA in bfloat16."""
+    ends = torch.tensor([16, 16, 40], dtype=torch.int32)
+    rows, weight = torch.randn(40, 32).bfloat16(), torch.randn(3, 16, 32).bfloat16()
+    theirs = torch.nn.functional.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
+    torch.testing.assert_close(grouped_rows(rows, weight, ends), theirs, rtol=0.01, atol=0.05)
+    theirs = torch.nn.functional.grouped_mm(rows.t(), theirs, offs=ends)
+    torch.testing.assert_close(grouped_outer(rows, grouped_rows(rows, weight, ends), ends), theirs, rtol=0.01, atol=0.5)
+
+
+def test_tile_map_covers_every_run_once_within_its_bound():
+    from gpt4lib.kernels.experts_triton import tile_map
+    for counts in ([5, 0, 17, 1], [0, 0, 0, 64], [16, 16, 16, 16], [0, 0, 0, 0]):
+        ends = torch.tensor(counts).cumsum(0).int()
+        expert, start = tile_map(ends, 64, 16)
+        seen = [(e, r) for e, s in zip(expert.tolist(), start.tolist()) if e >= 0 for r in range(s, min(s + 16, int(ends[e])))]
+        assert seen == [(e, r) for e in range(4) for r in range(int(ends[e]) - counts[e], int(ends[e]))]
+        assert len(expert) == 64 // 16 + 4
+
+
+# --- the op ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("biases", [False, True])
+def test_opcheck(biases):
+    x, chosen, _, w_in, w_out = case(9, 2, 4, 16, 8, torch.float64)
+    bias = [torch.randn(4, 16, dtype=torch.float64), torch.randn(4, 16, dtype=torch.float64)] if biases else [None, None]
+    leaves = [t.requires_grad_() for t in (x, w_in, w_out)]
+    opcheck(torch.ops.gpt4lib.experts.default, (x, chosen, *leaves[1:], *bias, "swiglu", "grouped", True))
+    opcheck(torch.ops.gpt4lib.experts.default, (x.detach(), chosen, *(t.detach() for t in leaves[1:]), *bias, "swiglu", "grouped", False))
+
+
+def test_fake_tensors_know_the_shape():
+    from torch._subclasses import FakeTensorMode
+    with FakeTensorMode():
+        out = kernel.experts(torch.empty(6, 8), torch.zeros(6, 2, dtype=torch.long), torch.empty(4, 12, 8), torch.empty(4, 8, 6))
+        assert out.shape == (12, 8)
+
+
+def test_the_choice_and_its_reason_can_be_asked_for():
+    x, chosen, _, w_in, w_out = case(9, 2, 4, 16, 8, torch.float32)
+    if DEVICE == "cpu":
+        path, reason = kernel.choose(x, chosen, w_in)
+        assert path == "grouped" and "on cpu" in reason and why_not_grouped_mm(x, w_in) in reason
+    assert kernel.choose(x.double(), chosen, w_in)[0] == "grouped"
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(path="fast"), "path='fast' is not known; accepted: None, grouped"), (dict(activation="relu"), "activation='relu'"),
+    (dict(x=torch.zeros(17, 16), chosen=torch.zeros(17, 2, dtype=torch.long), path="triton_small"), "at most 16 tokens"),
+    (dict(w_out=torch.zeros(4, 16, 9)), r"w_out must be \(4, 16, 8\)"), (dict(x=torch.zeros(8, 16)), "one row per choice"),
+    (dict(x=torch.zeros(9, 16, dtype=torch.float64), path="triton"), "path='triton' cannot run")])
+def test_what_does_not_fit_is_refused_in_one_line(change, words):
+    x, chosen, _, w_in, w_out = (t.cpu() for t in case(9, 2, 4, 16, 8, torch.float32))
+    args = dict(x=x, chosen=chosen, w_in=w_in, w_out=w_out) | change
+    with pytest.raises(ValueError, match=words) as error:
+        kernel.experts(**args)
+    assert "\n" not in str(error.value)
