@@ -11,15 +11,14 @@ from gpt4lib.nn.numerics import Numerics
 from gpt4lib.specs.model import ModelSpec
 
 
-def rotate(x: Tensor, positions: Tensor, base: float = 10_000.0) -> Tensor:
+def rotate(x: Tensor, positions: Tensor, numerics: Numerics) -> Tensor:
     """Rotary positions on [batch, heads, tokens, width]; `positions` is [tokens] or [batch, tokens].
 
-    Source: Su et al. 2021, arXiv:2104.09864, section 3.2; halves paired as in Llama.
+    Channel i is paired with i + width / 2, as in Llama.
     """
     half = x.shape[-1] // 2
-    rates = base ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
-    angle = positions[..., None] * rates                           # [.., tokens, width / 2]
-    angle = angle[:, None] if angle.dim() == 3 else angle          # the same for every head
+    angle = positions[..., None] * numerics.rotary_rates(half, x.device)     # [.., tokens, width / 2]
+    angle = angle[:, None] if angle.dim() == 3 else angle                    # the same for every head
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     a, b = x[..., :half], x[..., half:]
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
@@ -34,7 +33,7 @@ class Attention(nn.Module):
 
     def __init__(self, spec: ModelSpec, layer: int, numerics: Numerics = Numerics()) -> None:
         super().__init__()
-        self.spec, self.layer, self.rope_base = spec, layer, numerics.rope_base
+        self.spec, self.layer, self.numerics = spec, layer, numerics
         self.window = spec.window if spec.layer_kinds[layer] == "window" else None
         width = spec.q_width * (2 if spec.attention_gate else 1)
         self.query = nn.Linear(spec.d_model, width, bias=spec.qkv_bias)
@@ -61,7 +60,7 @@ class Attention(nn.Module):
         if s.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         if s.positions == "rotary":
-            q, k = rotate(q, positions, self.rope_base), rotate(k, positions, self.rope_base)
+            q, k = rotate(q, positions, self.numerics), rotate(k, positions, self.numerics)
         y = (attention(q, k, v, window=self.window, sinks=self.sinks) if cache is None else
              cache.attend(self.layer, q, k, v, self.window, self.sinks))
         y = y.transpose(1, 2).reshape(batch, tokens, s.q_width)
@@ -77,7 +76,7 @@ class LatentAttention(nn.Module):
 
     def __init__(self, spec: ModelSpec, layer: int, numerics: Numerics = Numerics()) -> None:
         super().__init__()
-        self.spec, self.layer, self.rope_base, m = spec, layer, numerics.rope_base, spec.latent
+        self.spec, self.layer, self.numerics, m = spec, layer, numerics, spec.latent
         if m.indexer is not None:
             raise ValueError("latent.indexer is not built; its parameters can be counted, not run")
         width = spec.n_heads * (m.nope_dim + m.rope_dim)
@@ -93,9 +92,9 @@ class LatentAttention(nn.Module):
         m, heads = self.spec.latent, self.spec.n_heads
         batch, tokens, _ = x.shape
         q = self.query(x).view(batch, tokens, heads, -1).transpose(1, 2)
-        q = torch.cat([q[..., :m.nope_dim], rotate(q[..., m.nope_dim:], positions, self.rope_base)], -1)
+        q = torch.cat([q[..., :m.nope_dim], rotate(q[..., m.nope_dim:], positions, self.numerics)], -1)
         latent, rope = self.down(x).split([m.kv_rank, m.rope_dim], -1)
-        latent = torch.cat([self.norm(latent)[:, None], rotate(rope[:, None], positions, self.rope_base)], -1)
+        latent = torch.cat([self.norm(latent)[:, None], rotate(rope[:, None], positions, self.numerics)], -1)
         if cache is not None:
             (latent,) = cache.append(self.layer, latent)           # [batch, 1, keys, kv_rank + rope_dim]
         latent, rope = latent.split([m.kv_rank, m.rope_dim], -1)

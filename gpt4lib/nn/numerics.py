@@ -2,7 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Llama3Rope:
+    """Llama 3.1's stretching of slow rotary frequencies. Grattafiori et al. 2024, arXiv:2407.21783, section 3.4.2;
+    the interpolation between the two limits as in Meta's released code."""
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_context: int
+
+    def stretch(self, rates: Tensor) -> Tensor:
+        """Rates whose wavelength exceeds original / low are divided by factor, those under original / high kept."""
+        turns = self.original_context * rates / (2 * math.pi)
+        kept = ((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
+        return rates * (kept + (1 - kept) / self.factor)
+
+    def as_config(self) -> dict[str, float]:
+        """In the words of a Hugging Face config."""
+        values = asdict(self)
+        values["original_max_position_embeddings"] = values.pop("original_context")
+        return values
 
 
 @dataclass(frozen=True)
@@ -12,6 +38,7 @@ class Numerics:
     norm_eps: float = 1e-6
     rope_base: float = 10_000.0
     gelu: str = "none"
+    llama3: Llama3Rope | None = None
 
     def __post_init__(self) -> None:
         if self.gelu not in ("none", "tanh"):
@@ -19,3 +46,8 @@ class Numerics:
         for name in ("norm_eps", "rope_base"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not accepted; give a number > 0")
+
+    def rotary_rates(self, half: int, device: torch.device) -> Tensor:
+        """Radians per position of each pair of channels, fp64 [half]. Su et al. 2021, arXiv:2104.09864, section 3.2."""
+        rates = self.rope_base ** (-torch.arange(half, device=device, dtype=torch.float64) / half)
+        return rates if self.llama3 is None else self.llama3.stretch(rates)

@@ -1,0 +1,248 @@
+"""Hugging Face checkpoints in safetensors, read into our model and written from it.
+
+One table serves both directions: for each tensor of theirs, the pieces of ours it is made of. Pickles are refused:
+loading one can run any code.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Iterator, Mapping, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gpt4lib.nn.numerics import Llama3Rope, Numerics
+from gpt4lib.nn.transformer import Transformer
+from gpt4lib.specs.model import ModelSpec
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+IGNORED = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")        # buffers that old versions stored
+
+# theirs -> ours, "+" joins what they store in one matrix; {i} is a layer
+LLAMA = {"model.embed_tokens": "embedding", "model.norm": "final_norm", "lm_head": "head",
+         "model.layers.{i}.input_layernorm": "layers.{i}.norms.0",
+         "model.layers.{i}.post_attention_layernorm": "layers.{i}.norms.1",
+         **{f"model.layers.{{i}}.self_attn.{a}_proj": f"layers.{{i}}.attention.{b}"
+            for a, b in zip("qkvo", ("query", "key", "value", "out"))},
+         **{f"model.layers.{{i}}.mlp.{a}_proj": f"layers.{{i}}.ffn.{a}" for a in ("gate", "up", "down")},
+         "model.layers.{i}.block_sparse_moe.gate": "layers.{i}.moe.router"}
+GPT2 = {"transformer.wte": "embedding", "transformer.wpe": "positions", "transformer.ln_f": "final_norm",
+        "transformer.h.{i}.ln_1": "layers.{i}.norms.0", "transformer.h.{i}.ln_2": "layers.{i}.norms.1",
+        "transformer.h.{i}.attn.c_attn": "+".join(f"layers.{{i}}.attention.{b}" for b in ("query", "key", "value")),
+        "transformer.h.{i}.attn.c_proj": "layers.{i}.attention.out",
+        "transformer.h.{i}.mlp.c_fc": "layers.{i}.ffn.up", "transformer.h.{i}.mlp.c_proj": "layers.{i}.ffn.down"}
+FAMILIES = {"llama": LLAMA, "mistral": LLAMA, "mixtral": LLAMA, "gpt_bigcode": GPT2, "gpt2": GPT2}
+
+
+class Entry(NamedTuple):
+    """One of their tensors: views of our parameters stacked along rows, and whether they store it transposed."""
+    name: str
+    parts: tuple[Tensor, ...]
+    transposed: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        rows = sum(len(p) for p in self.parts), *self.parts[0].shape[1:]
+        return rows[::-1] if self.transposed else rows
+
+
+def layout(model: Transformer, family: str) -> list[Entry]:
+    """Every tensor of a checkpoint of this family, as views into the model's parameters."""
+    ours = {name: p.detach() for name, p in model.named_parameters()}
+    entries, used = [], set()
+    for layer in range(model.spec.n_layers):
+        for theirs, stems in FAMILIES[family].items():
+            if layer and "{i}" not in theirs:
+                continue
+            for kind in (".weight", ".bias"):
+                names = [s.format(i=layer) + kind for s in stems.split("+")]
+                if names[0] in ours:
+                    conv = family == "gpt2" and (".c_" in theirs) and kind == ".weight"      # their Conv1D: [in, out]
+                    entries.append(Entry(theirs.format(i=layer) + kind, tuple(ours[n] for n in names), conv))
+                    used |= set(names)
+        stacked = [f"layers.{layer}.moe.experts.{w}" for w in ("w_in", "w_out")]
+        if stacked[0] in ours and family == "mixtral":
+            for e, (w_in, w_out) in enumerate(zip(*(ours[n] for n in stacked))):
+                for w, part in zip(("w1", "w3", "w2"), (*w_in.chunk(2), w_out)):
+                    entries.append(Entry(f"model.layers.{layer}.block_sparse_moe.experts.{e}.{w}.weight", (part,), False))
+            used |= set(stacked)
+    if set(ours) - used:
+        raise ValueError(f"{model.spec.name}: {min(set(ours) - used)} has no place in a {family} checkpoint")
+    return entries
+
+
+# --- reading -------------------------------------------------------------------------------------------------
+def numerics_of(config: Mapping[str, Any]) -> Numerics:
+    """The numbers behind the counts; ValueError for what would be computed differently there."""
+    family = config["model_type"]
+    activation = config.get("activation_function") or config.get("hidden_act", "silu")
+    gelu = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
+    accepted = ("silu",) if FAMILIES[family] is LLAMA else tuple(gelu)
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    for bad, what in ((activation not in accepted, f"activation {activation!r}; accepted: {', '.join(accepted)}"),
+                      (kind not in ("default", "llama3"), f"rope_type {kind!r}; accepted: default, llama3"),
+                      (config.get("scale_attn_by_inverse_layer_idx"), "scale_attn_by_inverse_layer_idx=true; accepted: false"),
+                      (not config.get("scale_attn_weights", True), "scale_attn_weights=false; accepted: true"),
+                      (config.get("add_cross_attention"), "add_cross_attention=true; accepted: false"),
+                      (not config.get("multi_query", True), "multi_query=false; accepted: true")):
+        if bad:
+            raise ValueError(f"{family} config: this model does not compute {what}")
+    eps = config.get("rms_norm_eps", config.get("layer_norm_epsilon", 1e-6 if FAMILIES[family] is LLAMA else 1e-5))
+    base = rope.get("rope_theta") or config.get("rope_theta") or 10_000.0
+    llama3 = None if kind == "default" else Llama3Rope(
+        rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"], rope["original_max_position_embeddings"])
+    return Numerics(eps, float(base), gelu.get(activation, "none"), llama3)
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Tensor name -> file that holds it, from the index or from the one file there is; errors name the file."""
+    from safetensors import SafetensorError, safe_open
+    index = folder / INDEX
+    if index.exists():
+        try:
+            names = json.loads(index.read_text("utf8"))["weight_map"].items()
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError):
+            raise ValueError(f"{index} is not an index: it must be JSON with a 'weight_map'") from None
+        files = {name: folder / str(file) for name, file in names}
+    else:
+        files = {"": folder / SINGLE}
+    held: dict[str, Path] = {}
+    for file in sorted(set(files.values())):
+        if file.parent != folder or not file.is_file():
+            pickles = sorted(p.name for p in folder.glob("*.bin"))
+            hint = f"; {pickles[0]} is a pickle, which can run code and is refused" if pickles else ""
+            raise ValueError(f"{file} is not there{hint}; give a folder with {SINGLE} or all shards of {INDEX}")
+        try:
+            with safe_open(file, "pt") as opened:
+                held |= dict.fromkeys(opened.keys(), file)
+        except SafetensorError as e:
+            raise ValueError(f"{file} is not a whole safetensors file ({e}); it may be truncated, fetch it again") from None
+    absent = sorted(name for name, file in files.items() if name and held.get(name) != file)
+    if absent:
+        raise ValueError(f"{index} places tensor {absent[0]!r} in {files[absent[0]].name}, which does not hold it")
+    return held
+
+
+def _tensors(held: Mapping[str, Path]) -> Iterator[tuple[str, Tensor]]:
+    """One tensor at a time, file by file."""
+    from safetensors import safe_open
+    for file in sorted(set(held.values())):
+        with safe_open(file, "pt") as opened:
+            for name in (n for n, f in held.items() if f == file):
+                kind = opened.get_slice(name).get_dtype()
+                if kind not in FLOATS:
+                    raise ValueError(f"tensor {name!r} in {file} is stored as {kind}; accepted: {', '.join(FLOATS)}")
+                yield name, opened.get_tensor(name)
+
+
+@torch.no_grad()
+def load(folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Transformer:
+    """A model with the weights of a folder that holds config.json and safetensors, whole or in shards.
+
+    Families: llama, mistral, mixtral, gpt_bigcode (multi-query), gpt2. Raises ValueError, one line naming the file
+    and the tensor, for anything missing, unknown, of another shape, truncated or pickled.
+    """
+    folder = Path(folder)
+    spec = ModelSpec.from_hf(folder)
+    config = json.loads((folder / "config.json").read_text("utf8"))
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        raise ValueError(f"model_type {family!r} can be counted but its weights are not read; accepted: {', '.join(FAMILIES)}")
+    numerics = numerics_of(config)
+    held = {n: f for n, f in _files(folder).items() if not n.endswith(IGNORED)}
+    with torch.device("meta"):
+        model = Transformer(spec, numerics=numerics)
+    model = model.to(dtype).to_empty(device=device)
+    entries = {e.name: e for e in layout(model, family)}
+    # Some exporters drop GPT-2's prefix, and tied heads may be stored twice.
+    prefix = "transformer." if FAMILIES[family] is GPT2 and "wte.weight" in held else ""
+    named = {n if n == "lm_head.weight" else prefix + n: f for n, f in held.items()}
+    missing = sorted(set(entries) - set(named))
+    extra = sorted(set(named) - set(entries) - ({"lm_head.weight"} if spec.tied else set()))
+    if missing or extra:
+        raise ValueError(f"{folder}: tensor {(missing or extra)[0]!r} is {'missing' if missing else 'not part of this model'}"
+                         f" ({len(missing)} missing, {len(extra)} unknown); is config.json of the same model?")
+    head = None
+    for name, stored in _tensors(held):
+        if name == "lm_head.weight" and spec.tied:
+            head = stored
+            continue
+        entry = entries[prefix + name]
+        if tuple(stored.shape) != entry.shape:
+            raise ValueError(f"tensor {name!r} in {held[name]} has shape {tuple(stored.shape)}; config.json wants {entry.shape}")
+        stored = stored.t() if entry.transposed else stored
+        for part, piece in zip(entry.parts, stored.split([len(p) for p in entry.parts])):
+            part.copy_(piece)
+    if head is not None and not torch.equal(head.to(dtype), model.embedding.weight.cpu()):
+        raise ValueError(f"{folder}: config.json ties the head to the embedding, but 'lm_head.weight' holds other numbers")
+    return model
+
+
+# --- writing -------------------------------------------------------------------------------------------------
+def config_of(model: Transformer) -> dict[str, Any]:
+    """The config.json of a model that one of the families can express; ValueError otherwise."""
+    s, numerics = model.spec, model.numerics
+    act = "gelu_pytorch_tanh" if numerics.gelu == "tanh" else "gelu"
+    if s.positions == "learned":
+        config = dict(model_type="gpt_bigcode" if s.n_kv_heads == 1 < s.n_heads else "gpt2", n_layer=s.n_layers, n_embd=s.d_model,
+                      n_head=s.n_heads, n_inner=s.d_ff, n_positions=s.context, activation_function=act,
+                      layer_norm_epsilon=numerics.norm_eps)
+        if config["model_type"] == "gpt_bigcode":
+            config["multi_query"] = True
+    else:
+        config = dict(model_type="mixtral" if s.is_moe else "mistral" if s.window else "llama", num_hidden_layers=s.n_layers,
+                      hidden_size=s.d_model, num_attention_heads=s.n_heads, num_key_value_heads=s.n_kv_heads,
+                      head_dim=s.head_dim, intermediate_size=s.d_expert if s.is_moe else s.d_ff, hidden_act="silu",
+                      max_position_embeddings=s.context, rms_norm_eps=numerics.norm_eps, attention_bias=s.qkv_bias,
+                      mlp_bias=s.ffn_bias, sliding_window=s.window,
+                      rope_parameters={"rope_theta": numerics.rope_base, "rope_type": "default"})
+        if numerics.llama3 is not None:
+            config["rope_parameters"] |= {"rope_type": "llama3", **numerics.llama3.as_config()}
+        if s.is_moe:
+            config |= dict(num_local_experts=s.n_experts, num_experts_per_tok=s.top_k)
+    config |= dict(vocab_size=s.vocab_size, tie_word_embeddings=s.tied)
+    again = ModelSpec.from_hf(config).with_(name=s.name, d_ff=s.d_ff)
+    different = [f for f in s.__dataclass_fields__ if getattr(again, f) != getattr(s, f)]
+    if different or numerics_of(config) != numerics:
+        what = f"{different[0]}={getattr(s, different[0])!r}" if different else f"{numerics}"
+        raise ValueError(f"{s.name}: a {config['model_type']} checkpoint cannot say {what}; "
+                         f"accepted: what one of {', '.join(FAMILIES)} can")
+    return config
+
+
+def save(model: Transformer, folder: str | Path, shard_bytes: int = 5 * 10**9) -> None:
+    """Write config.json and safetensors that transformers and `load` both read, in shards above `shard_bytes`.
+
+    Each file is written beside its place and renamed, the index last: what was there stays whole until then.
+    """
+    from safetensors.torch import save_file
+    folder, config = Path(folder), config_of(model)
+    folder.mkdir(parents=True, exist_ok=True)
+    shards: list[dict[str, Tensor]] = [{}]
+    filled = 0
+    for name, parts, transposed in layout(model, config["model_type"]):
+        whole = torch.cat(parts)
+        whole = (whole.t() if transposed else whole).contiguous()
+        if shards[-1] and filled + whole.nbytes > shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = whole
+        filled += whole.nbytes
+    files = [SINGLE] if len(shards) == 1 else [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    for file, tensors in zip(files, shards):
+        save_file(tensors, folder / (file + ".tmp"), metadata={"format": "pt"})
+        (folder / (file + ".tmp")).replace(folder / file)
+    config["dtype"] = str(model.embedding.weight.dtype).removeprefix("torch.")
+    texts = {"config.json": config}
+    if len(shards) > 1:
+        total = sum(t.nbytes for tensors in shards for t in tensors.values())
+        texts[INDEX] = {"metadata": {"total_size": total}, "weight_map": {n: f for f, t in zip(files, shards) for n in t}}
+    for file, text in texts.items():
+        (folder / (file + ".tmp")).write_text(json.dumps(text, indent=2) + "\n", "utf8")
+        (folder / (file + ".tmp")).replace(folder / file)
+    if len(shards) == 1:
+        (folder / INDEX).unlink(missing_ok=True)             # an index of an older, larger model would win over the file
