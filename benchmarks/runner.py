@@ -46,6 +46,13 @@ def summary(seconds: Mapping[str, list[float]], subject: str, peer: str,
     return {"seconds": out, "times_faster": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}}
 
 
+def against_all(seconds: Mapping[str, list[float]], subject: str, least: float) -> dict:
+    """`summary` against every peer at once: medians, % of the one limit, and times_faster by peer."""
+    peers = [name for name in seconds if name != subject]
+    every = {peer: summary(seconds, subject, peer, dict.fromkeys(seconds, least)) for peer in peers}
+    return {"seconds": every[peers[0]]["seconds"], "times_faster": {peer: out["times_faster"] for peer, out in every.items()}}
+
+
 def machine() -> dict:
     """The machine and the versions that a figure belongs to."""
     cpu = platform.processor() or platform.machine()

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from gpt4lib.kernels import support
-from gpt4lib.kernels.grouped import grouped_outer, grouped_rows, why_not_grouped_mm
+from gpt4lib.kernels.grouped import grouped_outer, grouped_rows, pieces, why_not_grouped_mm
 
 ACTIVATIONS = ("swiglu", "gelu", "gelu_tanh")
 PATHS = (None, "grouped", "triton", "triton_small")
@@ -110,11 +110,17 @@ def _experts(x: Tensor, chosen: Tensor, w_in: Tensor, w_out: Tensor, b_in: Tenso
     if path != "grouped":
         from gpt4lib.kernels import experts_triton
         return experts_triton.forward(x, chosen, order, ends, w_in, w_out, activation, save, few)
-    z = grouped_rows(x[order // chosen.shape[1]], w_in, ends)
-    z = z if b_in is None else z + _by_row(b_in, ends, z)
-    y = grouped_rows(activate(z, activation), w_out, ends)
-    y = y if b_out is None else y + _by_row(b_out, ends, y)
-    return torch.empty_like(y).index_copy_(0, order, y), z if save else z.new_empty(0)
+    slots, z = x.new_zeros(len(order), x.shape[1]), x.new_empty(*(len(order), w_in.shape[1]) if save else (0,))
+    for rows, e, stops in pieces(ends, whole=why_not_grouped_mm(x, w_in) is None):
+        who = order[rows]
+        if len(who):
+            before = grouped_rows(x[who // chosen.shape[1]], w_in[e], stops)
+            before = before if b_in is None else before + _by_row(b_in[e], stops, before)
+            y = grouped_rows(activate(before, activation), w_out[e], stops)
+            slots[who] = y if b_out is None else y + _by_row(b_out[e], stops, y)
+            if save:
+                z[rows] = before
+    return slots, z
 
 
 def _by_row(bias: Tensor, ends: Tensor, like: Tensor) -> Tensor:
@@ -132,16 +138,22 @@ def _(x, chosen, w_in, w_out, b_in, b_out, activation, path, save):
 def _experts_backward(grad: Tensor, x: Tensor, chosen: Tensor, w_in: Tensor, w_out: Tensor, z: Tensor,
                       activation: str, biases: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, w_in, w_out and the biases (empty without them), from that of the slots."""
-    top_k, n_experts = chosen.shape[1], len(w_in)
-    order, ends = dispatch(chosen, n_experts)
-    grad = grad[order]                                                        # [n_slots, d]
-    h, dh = activate(z, activation), grouped_rows(grad, w_out.transpose(1, 2), ends)
-    dz = activate_backward(dh, z, activation)
-    dx = torch.empty_like(grad).index_copy_(0, order, grouped_rows(dz, w_in.transpose(1, 2), ends))
-    one = z.new_ones(len(z), 1)
-    db_in, db_out = (grouped_outer(d, one, ends)[..., 0] if biases else z.new_empty(0) for d in (dz, grad))
-    rows = x[order // top_k]
-    return dx.view(len(x), top_k, -1).sum(1), grouped_outer(dz, rows, ends), grouped_outer(grad, h, ends), db_in, db_out
+    top_k = chosen.shape[1]
+    order, ends = dispatch(chosen, len(w_in))
+    dx, one = torch.zeros_like(grad), grad.new_ones(len(grad), 1)
+    dw_in, dw_out = torch.empty_like(w_in), torch.empty_like(w_out)
+    db_in, db_out = (z.new_empty(*w.shape[:2] if biases else (0,)) for w in (w_in, w_out))
+    for rows, e, stops in pieces(ends, whole=why_not_grouped_mm(x, w_in) is None):
+        who = order[rows]
+        g = grad[who]
+        dz = activate_backward(grouped_rows(g, w_out[e].transpose(1, 2), stops), z[rows], activation)
+        grouped_outer(g, activate(z[rows], activation), stops, dw_out[e])
+        grouped_outer(dz, x[who // top_k], stops, dw_in[e])
+        dx[who] = grouped_rows(dz, w_in[e].transpose(1, 2), stops)
+        if biases:
+            grouped_outer(g, one[rows], stops, db_out[e, :, None])
+            grouped_outer(dz, one[rows], stops, db_in[e, :, None])
+    return dx.view(len(x), top_k, -1).sum(1), dw_in, dw_out, db_in, db_out
 
 
 @_experts_backward.register_fake

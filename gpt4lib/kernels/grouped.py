@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,10 +11,15 @@ from torch import Tensor
 FEW_ROWS = 10        # measured, benchmarks/results/moe.json: above it the plain product is as fast
 
 
-def runs(ends: Tensor) -> list[tuple[int, int]]:
-    """[start, end) of every expert's rows, on the host."""
-    stops = ends.tolist()
-    return list(zip([0, *stops], stops))
+def pieces(ends: Tensor, whole: bool) -> Iterator[tuple[slice, slice, Tensor]]:
+    """(rows, experts, their ends): all at once, or one expert at a time so that a CPU's caches hold what it makes."""
+    if whole:
+        yield slice(None), slice(None), ends
+        return
+    start = 0
+    for e, end in enumerate(ends.tolist()):
+        yield slice(start, end), slice(e, e + 1), ends[e:e + 1] - start
+        start = end
 
 
 def times_transposed(rows: Tensor, weight: Tensor, out: Tensor) -> None:
@@ -22,7 +29,8 @@ def times_transposed(rows: Tensor, weight: Tensor, out: Tensor) -> None:
     the BLAS streams the weight once, on every core, instead of once per row on one.
     """
     n, (d_out, d_in) = len(rows), weight.shape
-    if n > FEW_ROWS or d_out % 2 or rows.device.type != "cpu" or rows.element_size() < 4:
+    usable = rows.device.type == "cpu" and rows.element_size() >= 4 and weight.stride(1) == 1 and d_out % 2 == 0
+    if n > FEW_ROWS or not usable:
         torch.mm(rows, weight.t(), out=out)
     else:
         halves = torch.bmm(weight.view(2, d_out // 2, d_in), rows.t().expand(2, d_in, n))
@@ -42,25 +50,27 @@ def why_not_grouped_mm(rows: Tensor, *others: Tensor) -> str | None:
 
 def grouped_rows(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """rows [n, d_in], weight [n_experts, d_out, d_in] -> [n, d_out]; rows past ends[-1] come out zero."""
-    out = rows.new_empty(len(rows), weight.shape[1])
     if why_not_grouped_mm(rows, weight) is None:
         used = torch.arange(len(rows), device=rows.device)[:, None] < ends[-1]
-        return F.grouped_mm(rows, weight.transpose(1, 2), offs=ends).masked_fill(~used, 0)
-    for e, (start, end) in enumerate(runs(ends)):
+        return F.grouped_mm(rows, weight.transpose(1, 2), offs=ends).masked_fill(~used, 0)     # it leaves them unwritten
+    out, start = rows.new_empty(len(rows), weight.shape[1]), 0
+    for e, end in enumerate(ends.tolist()):
         if end > start:
             times_transposed(rows[start:end], weight[e], out[start:end])
-    out[end:] = 0
+        start = end
+    out[start:] = 0
     return out
 
 
-def grouped_outer(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
-    """sum over each expert's rows of a[row] b[row]^T: a [n, p], b [n, q] -> [n_experts, p, q].
+def grouped_outer(a: Tensor, b: Tensor, ends: Tensor, out: Tensor) -> None:
+    """out[e] = sum over e's rows of a[row] b[row]^T: a [n, p], b [n, q], out [n_experts, p, q].
 
     An expert without rows gets zeros: this is the gradient of its weight.
     """
     if why_not_grouped_mm(a, b) is None:
-        return F.grouped_mm(a.t(), b, offs=ends)
-    out = a.new_empty(len(ends), a.shape[1], b.shape[1])
-    for e, (start, end) in enumerate(runs(ends)):
+        out.copy_(F.grouped_mm(a.t(), b, offs=ends))
+        return
+    start = 0
+    for e, end in enumerate(ends.tolist()):
         torch.mm(a[start:end].t(), b[start:end], out=out[e])
-    return out
+        start = end

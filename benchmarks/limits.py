@@ -1,0 +1,32 @@
+"""What this machine can do at best, measured: matrix products per second and bytes read or copied per second."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+
+
+def seconds(call, runs: int = 9) -> float:
+    """Median seconds of a call that ends on the host; on CUDA the device is waited for."""
+    out = []
+    for _ in range(runs + 2):
+        start = time.perf_counter()
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        out.append(time.perf_counter() - start)
+    return statistics.median(out[2:])
+
+
+def measure(device: str, dtype: torch.dtype) -> dict[str, float]:
+    """FLOP/s of a large matrix product, and bytes/s: read on a CPU (a sum), read plus written on a GPU (a copy)."""
+    n = 2048 if device == "cpu" else 8192
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    flop_per_second = 2 * n ** 3 / seconds(lambda: a @ b)
+    memory = torch.randn((1 << 28 if device == "cpu" else 1 << 32) // 4, device=device)
+    if device == "cpu":
+        return {"flop_per_second": flop_per_second, "bytes_per_second": memory.nbytes / seconds(lambda: memory.sum())}
+    other = torch.empty_like(memory)
+    return {"flop_per_second": flop_per_second, "bytes_per_second": 2 * memory.nbytes / seconds(lambda: other.copy_(memory))}
