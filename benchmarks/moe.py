@@ -107,7 +107,7 @@ def main() -> int:
             least = least_seconds(tokens, touched, backward, limit)
             row = {"tokens": tokens, "pass": "forward and backward" if backward else "forward", "experts_touched": touched,
                    "expected_touched": roofline.distinct_experts(SPEC.n_experts, SPEC.top_k, tokens),
-                   "path": kernel.choose(x, routing.chosen, layer["gpt4lib"].experts.w_in)[0],
+                   "path": kernel.choose(x, routing.chosen, layer["gpt4lib"].experts.w_in, layer["gpt4lib"].experts.w_out)[0],
                    **runner.against_all(times, "gpt4lib", least)}
             if CUDA and not backward:
                 captured = {f"{n} graph": graph(layer[n], x if n == "gpt4lib" else x[None]) for n in ("gpt4lib",)}

@@ -13,10 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from gpt4lib.kernels import support
-from gpt4lib.kernels.grouped import grouped_outer, grouped_rows, pieces, why_not_grouped_mm
+from gpt4lib.kernels import grouped, support
+from gpt4lib.kernels.activation import ACTIVATIONS, activate
 
-ACTIVATIONS = ("swiglu", "gelu", "gelu_tanh")
 PATHS = (None, "grouped", "triton", "triton_small")
 SMALL_BATCH = 16                     # tokens that fit the smallest tile of a tensor core
 
@@ -60,22 +59,6 @@ def within_capacity(chosen: Tensor, n_experts: int, capacity: int) -> Tensor:
     return chosen.where(kept.view(chosen.shape[::-1]).t(), n_experts)
 
 
-def activate(z: Tensor, activation: str) -> Tensor:
-    """[.., 2 f] -> [.., f] for "swiglu" (gate, then up), the same width for the others."""
-    if activation == "swiglu":
-        gate, up = z.chunk(2, -1)
-        return F.silu(gate) * up
-    return F.gelu(z, approximate="tanh" if activation == "gelu_tanh" else "none")
-
-
-def activate_backward(grad: Tensor, z: Tensor, activation: str) -> Tensor:
-    """The gradient of z from that of activate(z)."""
-    if activation == "swiglu":
-        gate, up = z.chunk(2, -1)
-        return torch.cat([torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)], -1)
-    return torch.ops.aten.gelu_backward(grad, z, approximate="tanh" if activation == "gelu_tanh" else "none")
-
-
 def reference(x: Tensor, chosen: Tensor, gates: Tensor, w_in: Tensor, w_out: Tensor, b_in: Tensor | None = None,
               b_out: Tensor | None = None, activation: str = "swiglu") -> Tensor:
     """The definition: a loop over experts, each reading its own tokens. Jiang et al. 2024, arXiv:2401.04088."""
@@ -88,7 +71,7 @@ def reference(x: Tensor, chosen: Tensor, gates: Tensor, w_in: Tensor, w_out: Ten
     return out
 
 
-def choose(x: Tensor, chosen: Tensor, w_in: Tensor, b_in: Tensor | None = None) -> tuple[str, str]:
+def choose(x: Tensor, chosen: Tensor, w_in: Tensor, w_out: Tensor, b_in: Tensor | None = None) -> tuple[str, str]:
     """(path, reason): which implementation `experts` takes for these arguments, and why."""
     missing = support.why_not_triton(x)
     if missing is None and b_in is not None:
@@ -97,8 +80,8 @@ def choose(x: Tensor, chosen: Tensor, w_in: Tensor, b_in: Tensor | None = None) 
         return "triton_small", f"{len(chosen)} tokens fit one tile: only the experts they touch are read"
     if missing is None:
         return "triton", "CUDA: the gather and the activation are fused into the grouped products"
-    detail = why_not_grouped_mm(x, w_in)
-    return "grouped", f"{missing}; torch's grouped_mm" if detail is None else f"{missing}; {detail}"
+    detail = grouped.why_by_expert(x, chosen.numel(), w_in, w_out)
+    return "grouped", f"{missing}; " + ("torch's grouped_mm" if detail is None else f"one expert at a time: {detail}")
 
 
 @torch.library.custom_op("gpt4lib::experts", mutates_args=())
@@ -110,23 +93,7 @@ def _experts(x: Tensor, chosen: Tensor, w_in: Tensor, w_out: Tensor, b_in: Tenso
     if path != "grouped":
         from gpt4lib.kernels import experts_triton
         return experts_triton.forward(x, chosen, order, ends, w_in, w_out, activation, save, few)
-    slots, z = x.new_zeros(len(order), x.shape[1]), x.new_empty(*(len(order), w_in.shape[1]) if save else (0,))
-    for rows, e, stops in pieces(ends, whole=why_not_grouped_mm(x, w_in) is None):
-        who = order[rows]
-        if len(who):
-            before = grouped_rows(x[who // chosen.shape[1]], w_in[e], stops)
-            before = before if b_in is None else before + _by_row(b_in[e], stops, before)
-            y = grouped_rows(activate(before, activation), w_out[e], stops)
-            slots[who] = y if b_out is None else y + _by_row(b_out[e], stops, y)
-            if save:
-                z[rows] = before
-    return slots, z
-
-
-def _by_row(bias: Tensor, ends: Tensor, like: Tensor) -> Tensor:
-    """Each row's expert's bias, zero for dropped rows."""
-    expert = torch.searchsorted(ends, torch.arange(len(like), device=like.device), right=True)
-    return F.pad(bias, (0, 0, 0, 1))[expert]
+    return grouped.forward(x, chosen, order, ends, w_in, w_out, b_in, b_out, activation, save)
 
 
 @_experts.register_fake
@@ -138,22 +105,7 @@ def _(x, chosen, w_in, w_out, b_in, b_out, activation, path, save):
 def _experts_backward(grad: Tensor, x: Tensor, chosen: Tensor, w_in: Tensor, w_out: Tensor, z: Tensor,
                       activation: str, biases: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, w_in, w_out and the biases (empty without them), from that of the slots."""
-    top_k = chosen.shape[1]
-    order, ends = dispatch(chosen, len(w_in))
-    dx, one = torch.zeros_like(grad), grad.new_ones(len(grad), 1)
-    dw_in, dw_out = torch.empty_like(w_in), torch.empty_like(w_out)
-    db_in, db_out = (z.new_empty(*w.shape[:2] if biases else (0,)) for w in (w_in, w_out))
-    for rows, e, stops in pieces(ends, whole=why_not_grouped_mm(x, w_in) is None):
-        who = order[rows]
-        g = grad[who]
-        dz = activate_backward(grouped_rows(g, w_out[e].transpose(1, 2), stops), z[rows], activation)
-        grouped_outer(g, activate(z[rows], activation), stops, dw_out[e])
-        grouped_outer(dz, x[who // top_k], stops, dw_in[e])
-        dx[who] = grouped_rows(dz, w_in[e].transpose(1, 2), stops)
-        if biases:
-            grouped_outer(g, one[rows], stops, db_out[e, :, None])
-            grouped_outer(dz, one[rows], stops, db_in[e, :, None])
-    return dx.view(len(x), top_k, -1).sum(1), dw_in, dw_out, db_in, db_out
+    return grouped.backward(grad, x, chosen, *dispatch(chosen, len(w_in)), w_in, w_out, z, activation, biases)
 
 
 @_experts_backward.register_fake
@@ -211,6 +163,6 @@ def experts(x: Tensor, chosen: Tensor, w_in: Tensor, w_out: Tensor, b_in: Tensor
         if b_in is not None or path == "triton_small" and len(x) > SMALL_BATCH:
             raise ValueError(f"path={path!r} has no biases and takes at most {SMALL_BATCH} tokens if small; got "
                              f"{len(x)} tokens{' and biases' if b_in is not None else ''}; leave path out")
-    path = path or choose(x, chosen, w_in, b_in)[0]
+    path = path or choose(x, chosen, w_in, w_out, b_in)[0]
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w_in, w_out, b_in, b_out))
     return _experts(x, chosen, w_in, w_out, b_in, b_out, activation, path, save)[0]
