@@ -12,6 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 # On Hopper cuDNN's kernel is about twice as fast as torch's default (huggingface/transformers pull request 48163).
 BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
+FEW_ROWS = 8        # query rows of one key head; measured, benchmarks/results/decode_cpu.json: above it torch's kernel is as fast
+
 
 def visible(n_queries: int, n_keys: int, window: int | None, device: torch.device) -> Tensor:
     """Which keys each query may see, bool [n_queries, n_keys]; the queries are the last positions."""
@@ -42,10 +44,14 @@ def folded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
     Same shapes as `reference`. This is how multi-query decoding saves its bandwidth on a CPU.
     """
-    batch, n_heads, n_queries, _ = q.shape
+    batch, n_heads, n_queries, width = q.shape
     n_kv, groups = k.shape[1], n_heads // k.shape[1]
-    rows = q.reshape(batch, n_kv, groups * n_queries, -1)
-    out = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask.repeat(groups, 1))
+    rows, mask = q.reshape(batch, n_kv, groups * n_queries, width), mask.repeat(groups, 1)
+    if rows.shape[2] <= FEW_ROWS and rows.device.type == "cpu" and rows.element_size() >= 4:
+        scores = (k @ (rows * width ** -0.5).transpose(2, 3)).transpose(2, 3)     # the BLAS streams K, the tall side, once
+        out = scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v
+    else:
+        out = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask)
     return out.reshape(batch, n_heads, n_queries, -1)
 
 
