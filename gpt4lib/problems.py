@@ -9,8 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Callable
 
+from gpt4lib.analysis import inference, memory
+from gpt4lib.analysis import inference, roofline
 from gpt4lib.analysis.parameters import parameters
+from gpt4lib.specs.hardware import DeviceSpec
 from gpt4lib.specs.model import ModelSpec
+from gpt4lib.specs.workload import ParallelPlan
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,26 @@ def _nearest_heads(head_dim: int, target: float) -> int:
     """The multiple of 8 whose multi-query attention comes closest to `target` parameters."""
     return min(range(8, 512, 8), key=lambda h: abs(
         parameters(_gpt4(n_heads=h, head_dim=head_dim)).by_part["attention"] - target))
+
+
+def _int8_cache_fits() -> int:
+    """Sequences of 32,768 tokens on the fullest 40 GB GPU of 8 x 16, one-byte keys and values, 2 GB kept back."""
+    plan, spec = ParallelPlan(tp=8, pp=16), ModelSpec.preset("gpt-4")
+    part = memory.serving(spec, plan, 1, 32768, kv_dtype="int8").by_part
+    return int((40e9 - 2e9 - part["weights"]) // part["kv_cache"])
+
+
+def _cache_equals_weights(batch: int) -> float:
+    """The context at which multi-head GPT-4 reads as many bytes of cache as of weights in a step."""
+    spec = ModelSpec.preset("gpt-4-mha")
+    return 2 * inference.weights_read(spec, batch) / memory.kv_cache_bytes(spec, batch, 1)
+
+
+def _absorbed_intensity() -> float:
+    """FLOP per cached byte of DeepSeek-V3's latent attention while decoding, up-projections absorbed."""
+    spec = ModelSpec.preset("deepseek-v3")
+    m = spec.latent
+    return 2 * spec.n_heads * (2 * m.kv_rank + m.rope_dim) / (2 * (m.kv_rank + m.rope_dim))
 
 
 PROBLEMS: dict[str, Problem] = {
@@ -51,6 +75,41 @@ PROBLEMS: dict[str, Problem] = {
     "1.6": Problem(
         "Loop over multiples of 8 and keep the one whose attention count is nearest to 55e9.",
         lambda: _nearest_heads(256, 55e9)),
+    "5.1": Problem(
+        "E (1 - (1 - k/E)^B) with E = 8, k = 2 and B = 16.",
+        lambda: roofline.distinct_experts(8, 2, 16), 0.005),
+    "5.2": Problem(
+        "The same formula divided by E: a fraction, not a count.",
+        lambda: roofline.distinct_experts(256, 8, 32) / 256, 0.005),
+    "5.3": Problem(
+        "The ridge is peak over bandwidth, 989e12 / 3.35e12 FLOP per byte; then times E / k.",
+        lambda: roofline.ridge(DeviceSpec.preset("h100-sxm"), "bf16") * 8 / 2, 0.01),
+    "5.4": Problem(
+        "The share still unread is (7/8)^B; find the first B at which it is 0.1 or less.",
+        lambda: next(b for b in range(1, 100) if roofline.distinct_experts(16, 2, b) >= 0.9 * 16)),
+    "5.5": Problem(
+        "Each of the four gets f = 2/4 slots a token and probability P = 1/4: 16 * 4 * f * P / 2.",
+        lambda: 16 * 4 * (2 / 4) * (1 / 4) / 2, 0.001),
+    "5.6": Problem(
+        "Only k/E decides the share that is read; then weights_read(spec.with_(...), 8).",
+        lambda: inference.weights_read(_gpt4(n_experts=128, top_k=16, d_expert=_gpt4().d_ff // 8), 8), 0.001),
+    "8.1": Problem(
+        "2 L g k numbers a token (keys and values), 2 bytes each: 80 layers, 8 key/value heads of 128.",
+        lambda: memory.kv_cache_bytes(ModelSpec.preset("llama-3.1-70b"), 1, 1)),
+    "8.2": Problem(
+        "4 L g k bytes a token with L = 118, g = 48, k = 128; times 512 sequences of 2,048 tokens.",
+        lambda: memory.kv_cache_bytes(ModelSpec.preset("palm-540b").with_(n_kv_heads=48, head_dim=128), 512, 2048), 0.02),
+    "8.3": Problem(
+        "The step reads 2 bytes of each parameter in inference.weights_read(spec, 64); each token of context adds "
+        "64 times kv_cache_bytes(spec, 1, 1).",
+        lambda: _cache_equals_weights(64), 0.01),
+    "8.4": Problem(
+        "memory.serving takes kv_dtype; what is left of 40 GB after the weights and 2 GB, over one sequence's cache, "
+        "rounded down.",
+        _int8_cache_fits),
+    "8.5": Problem(
+        "A head scores against 512 + 64 numbers and sums 512; all 128 heads do so with the same 576 numbers of 2 bytes.",
+        _absorbed_intensity, 0.001),
 }
 
 

@@ -1,5 +1,7 @@
 """The first closed forms of the other rooms, each against a hand count or a published figure."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -172,3 +174,22 @@ def test_arrays_go_where_numbers_go():
         whole = f(a)
         assert whole.shape == a.shape
         assert list(whole) == pytest.approx([f(int(x)) for x in a], rel=1e-14)      # one rounding of a power
+
+
+# --- experts and loss ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("law", scaling_laws.ROUTED.values(), ids=scaling_laws.ROUTED)
+def test_one_expert_starts_the_routed_law_and_infinitely_many_end_it(law):
+    assert law.saturated(1) == pytest.approx(law.e_start) and law.saturated(1e9) == pytest.approx(law.e_max, rel=1e-4)
+    assert law.loss(1e9, 128) < law.loss(1e9, 64) < law.loss(1e9, 16) < law.loss(1e9, 1)
+    assert law.loss(10 * law.cutoff(), 128) > law.loss(10 * law.cutoff(), 16)
+
+
+def test_where_routing_stops_helping_as_the_paper_states_it():
+    """Section 5 gives 937B for S-BASE; the constants of Table 3 are rounded, so the exponent is good to 2 %."""
+    assert math.log10(scaling_laws.ROUTED["S-BASE"].cutoff()) == pytest.approx(math.log10(937e9), rel=0.02)
+
+
+def test_finer_experts_help_with_diminishing_returns():
+    by_g = [scaling_laws.fine_grained_loss(1e10, 1e11, g) for g in (1, 2, 4, 8, 16)]
+    gains = [a - b for a, b in zip(by_g, by_g[1:])]
+    assert gains == sorted(gains, reverse=True) and gains[-1] > 0

@@ -12,8 +12,9 @@ import re
 
 import pytest
 
+from gpt4lib.analysis import roofline
 from gpt4lib.analysis.parameters import parameters
-from gpt4lib.specs.model import ModelSpec
+from gpt4lib.specs import DeviceSpec, ModelSpec
 
 ROOT = pathlib.Path(__file__).parents[2]
 PLAIN = re.compile(r"[A-Za-z0-9_+\-*/(). ]+")
@@ -97,6 +98,24 @@ def test_chapter_1_presets_are_the_library_s():
         assert (v["L"], v["d"], v["h"], v["k"], v["g"], v["f"]) == (
             m.n_layers, m.d_model, m.n_heads, m.head_dim, m.n_kv_heads, m.d_ff)
         assert (v["E"], v["e"]) == (m.n_experts or 1, m.top_k or 1)
+
+
+def test_chapter_5_formulas_are_the_library_s():
+    (form,) = forms(ROOT / "chapters" / "05_mixture_of_experts.ipynb")
+    dice = random.Random(1)
+    for _ in range(50):
+        E = dice.randint(1, 256)
+        v = dict(E=E, k=dice.randint(1, E), B=dice.randint(1, 999), r=dice.randint(1, 600))
+        read = roofline.distinct_experts(v["E"], v["k"], v["B"])
+        for label, value in {"experts read": read, "share read": read / E, "tokens per expert": v["B"] * v["k"] / E,
+                             "compute-bound from": v["r"] * E / v["k"]}.items():
+            assert PLAIN.fullmatch(form.formulas[label])
+            assert eval(form.formulas[label], {}, v) == pytest.approx(value, rel=1e-12)
+    for name, v in form.presets.items():
+        model, _, device = name.partition(" on an ")
+        m = ModelSpec.preset(model)
+        device = DeviceSpec.preset({"A100": "a100-80gb", "H100": "h100-sxm"}[device])
+        assert (v["E"], v["k"], v["r"]) == (m.n_experts, m.top_k, round(roofline.ridge(device, "bf16")))
 
 
 def test_without_javascript_the_page_shows_the_first_preset():

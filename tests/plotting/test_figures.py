@@ -32,12 +32,15 @@ def chart(name):
             return plotting.shape_map(WIDTHS, {"MHA": [480 * d * d for d in WIDTHS],
                                                "MQA": [240 * d * d for d in WIDTHS]},
                                       [960 * d * d for d in WIDTHS])
+        case "lines":
+            return plotting.lines({"a": ([1, 10, 100], [1, 2, 3]), "b": ([1, 10], [3, 1])}, "x", "y", x_ticks=[1, 10, 100],
+                                  log_x=True, y_ticks=[0, 2, 4], rules={"limit": 2.5}, at={"b": (2, 1)}, marks=True)
         case "active":
             return plotting.active_total({"gpt-4": (count.total, count.active),
                                           "dense": (175 * 10 ** 9, 175 * 10 ** 9)}, "gpt-4")
 
 
-CHARTS = ("bar", "block", "dense block", "shape", "active")
+CHARTS = ("bar", "block", "dense block", "shape", "lines", "active")
 
 
 def marks(figure):
@@ -185,3 +188,17 @@ def test_hues_stay_apart_for_colour_blind_readers(eye):
     places = [lab(color) for color in style.COLORS.values()]
     # CIE76: 2.3 is just noticeable; 10 is seen at a glance
     assert min(math.dist(a, b) for i, a in enumerate(places) for b in places[:i]) > 10
+
+
+def test_lines_pass_through_their_points_and_carry_their_own_colour():
+    figure = chart("lines")
+    drawn = marks(figure)
+    assert list(drawn["a"].get_ydata()) == [1, 2, 3] and list(drawn["b"].get_xdata()) == [1, 10]
+    names = {t.get_text().strip(): t for t in figure.findobj(Text)}
+    assert names["a"].get_color() == drawn["a"].get_color() != drawn["b"].get_color() == names["b"].get_color()
+    assert names["b"].get_position() == (2, 1) and names["limit"].get_position()[1] == pytest.approx(2.5, abs=0.3)
+
+
+def test_a_logarithmic_axis_from_zero_is_refused():
+    with pytest.raises(ValueError, match="a first tick > 0"):
+        plotting.lines({"a": ([1], [1])}, "x", "y", x_ticks=[0, 1], log_x=True, y_ticks=[0, 1])
