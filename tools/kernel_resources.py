@@ -44,15 +44,16 @@ def resources(kernel, signature: dict[str, str], constants: dict, size: dict) ->
             "async_copy": "cp.async" in ptx}
 
 
-def experts(dtype: str, n_slots: int, n_experts: int, d: int, f: int, few: bool, first: bool, activation: str) -> dict:
+def experts(dtype: str, n_slots: int, n_experts: int, d: int, f: int, few: bool, first: bool, activation: str,
+            save: bool = False) -> dict:
     """One product of the layer: d channels in, f out (n_out for the second)."""
     itemsize = 4 if dtype == "fp32" else 2
-    size = experts_triton.few_blocks(f, itemsize) if few else experts_triton.blocks(n_slots, n_experts, f, itemsize)
+    size = experts_triton.few_blocks(f, itemsize) if few else experts_triton.blocks(n_slots, n_experts, f, itemsize, save)
     signature = dict(a=POINTER[dtype], w=POINTER[dtype], out=POINTER[dtype], z=POINTER[dtype], chosen="*i64", tokens="i32",
                      n="i32", f="i32", d="i32")
     absent = dict.fromkeys(("order", "tile_expert", "tile_start", "ends")) if few else {}
     signature |= {} if few else dict(order="*i64", tile_expert="*i32", tile_start="*i32", ends="*i32")
-    constants = dict(TOP_K=2, TOP_K_PAD=2, FEW=few, FIRST=first, ACTIVATION=activation, SAVE=False,
+    constants = dict(TOP_K=2, TOP_K_PAD=2, FEW=few, FIRST=first, ACTIVATION=activation, SAVE=save,
                      BLOCKS=triton.cdiv(f, size["COLS"]), F32=False, **absent)
     return resources(experts_triton.expert_gemm, signature, constants, size)
 
@@ -61,18 +62,17 @@ def decode(dtype: str, group: int, queries: int, width: int) -> dict:
     """The splitting kernel of decoding."""
     strides = ("q_batch", "q_head", "q_query", "k_page", "k_row", "k_head", "v_page", "v_row", "v_head", "table_batch")
     signature = dict(q=POINTER[dtype], k=POINTER[dtype], v=POINTER[dtype], table="*i32", lengths="*i32", parts="*fp32",
-                     lse="*fp32", scale="fp32", window="i32", page_size="i32", **dict.fromkeys(strides, "i32"))
+                     lse="*fp32", scale="fp32", window="i32", page_size="i32", splits="i32", **dict.fromkeys(strides, "i32"))
     size = {**decode_triton.blocks(group, queries, width), **decode_triton.LAUNCH}
-    return resources(decode_triton.split, signature, dict(GROUP=group, QUERIES=queries, WIDTH=width, SPLITS=64, CHUNK=512,
-                                                          F32=False), size)
+    return resources(decode_triton.split, signature, dict(GROUP=group, QUERIES=queries, WIDTH=width, CHUNK=512, F32=False), size)
 
 
 def merge(group: int, width: int) -> dict:
     """The kernel that joins a query's chunks."""
     size = {**decode_triton.blocks(group, 1, width), **decode_triton.LAUNCH}
     del size["KEYS"]
-    return resources(decode_triton.merge, dict(parts="*fp32", lse="*fp32", lengths="*i32", out="*bf16"),
-                     dict(GROUP=group, QUERIES=1, WIDTH=width, HEADS=1, SPLITS=64, CHUNK=512), size)
+    return resources(decode_triton.merge, dict(parts="*fp32", lse="*fp32", lengths="*i32", out="*bf16", splits="i32"),
+                     dict(GROUP=group, QUERIES=1, WIDTH=width, HEADS=1, CHUNK=512), size)
 
 
 def main() -> int:
@@ -87,6 +87,8 @@ def main() -> int:
                                             ("256 tokens, up", 512, False, True), ("few tokens, up", 4, True, True),
                                             ("few tokens, down", 4, True, False))]
     rows += [("experts mixtral fp32 8192 tokens, up", experts("fp32", 16384, few=False, first=True, activation="swiglu", **mixtral))]
+    rows += [(f"experts {name} bf16 8192 tokens, up, training", experts("bf16", 16384, few=False, first=True, activation=act, save=True, **shape))
+             for name, shape, act in (("mixtral", mixtral, "swiglu"), ("gpt-4", gpt4, "gelu"))]
     rows += [(f"decode {dtype} group {group}, {queries} queries, width {width}", decode(dtype, group, queries, width))
              for dtype, group, queries, width in (("bf16", 8, 1, 128), ("bf16", 16, 1, 128), ("bf16", 84, 1, 128), ("fp16", 8, 1, 128),
                                                   ("bf16", 8, 5, 128), ("bf16", 8, 1, 64), ("bf16", 8, 1, 256), ("bf16", 48, 4, 256),

@@ -19,6 +19,17 @@ def changed() -> list[pathlib.Path]:
     return [p for p in chapters if p.name in git.stdout]
 
 
+def joined(outputs: list) -> list:
+    """A stream that arrived in pieces as one, so that the page does not depend on when the kernel flushed."""
+    whole: list = []
+    for output in outputs:
+        if whole and output.output_type == whole[-1].output_type == "stream" and output.name == whole[-1].name:
+            whole[-1].text += output.text
+        else:
+            whole.append(output)
+    return whole
+
+
 def execute(path: pathlib.Path) -> None:
     """Run a chapter top to bottom in its own folder and write it back, normalised."""
     notebook = nbformat.read(path, as_version=4)
@@ -29,6 +40,8 @@ def execute(path: pathlib.Path) -> None:
     for number, cell in enumerate(notebook.cells):
         cell["id"] = f"{path.stem.partition('_')[2]}-{number:02d}"
         cell.metadata.pop("execution", None)
+        if cell.cell_type == "code":
+            cell.outputs = joined(cell.outputs)
     unfinished = path.with_suffix(".tmp")
     nbformat.write(notebook, unfinished)
     unfinished.replace(path)

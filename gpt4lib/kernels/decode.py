@@ -28,7 +28,7 @@ def sequence_keys(pages: Tensor, table: Tensor, length: int) -> Tensor:
 def by_sequence(q: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor, lengths: Tensor,
                 window: int | None, attend=reference) -> Tensor:
     """One sequence at a time through an attention over contiguous keys: the oracle, and with `folded` the CPU path."""
-    out = torch.zeros_like(q)
+    out = q.new_zeros(q.shape)
     for b, length in enumerate(lengths.tolist()):
         if length:
             k, v = (sequence_keys(pages, table[b], length) for pages in (k_pages, v_pages))
@@ -39,6 +39,8 @@ def by_sequence(q: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor, leng
 def choose(q: Tensor, k_pages: Tensor) -> tuple[str, str]:
     """(path, reason): which implementation `paged_attention` takes for these arguments, and why."""
     missing = support.why_not_triton(q)
+    if missing is None and torch.is_grad_enabled() and (q.requires_grad or k_pages.requires_grad):
+        missing = "a gradient is asked for, and the kernel has none"
     if missing is None and q.shape[3] > MAX_HEAD_DIM:
         missing = f"head_dim={q.shape[3]} is above the kernel's {MAX_HEAD_DIM}"
     if missing is None and q.shape[2] > MAX_QUERIES:
@@ -59,7 +61,7 @@ def _paged_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor,
 
 @_paged_attention.register_fake
 def _(q, k_pages, v_pages, table, lengths, window, path, chunk):
-    return torch.empty_like(q, memory_format=torch.contiguous_format)
+    return q.new_empty(q.shape)
 
 
 @register_flop_formula(torch.ops.gpt4lib.paged_attention)
@@ -74,10 +76,11 @@ def paged_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor, 
     """Causal attention of each sequence's last positions over its pages; forward only.
 
     q [batch, n_heads, n_queries, head_dim]; k_pages, v_pages [n_pages, page, n_kv_heads, head_dim];
-    table int32 [batch, pages]; lengths int32 [batch], the keys of each sequence, its queries among them
-    (0 gives zeros: an empty seat in a fixed batch) -> like q. `path` forces "triton" or "folded"; None asks
-    `choose`. The Triton result of a sequence is bitwise the same whatever else is in the batch.
-    Raises ValueError, one line, for shapes that do not fit.
+    table int32 [batch, pages]; lengths int32 [batch], the keys of each sequence, its queries among them: at least
+    n_queries and at most pages * page, or 0 for an empty seat in a fixed batch, which gives zeros. All of one dtype; the
+    last dimension of the pages contiguous. -> like q. `path` forces "triton" or "folded", which reads the lengths on
+    the host; None asks `choose`. The Triton result of a sequence is bitwise the same whatever else is in the batch.
+    Raises ValueError, one line, for shapes or dtypes that do not fit; values of table and lengths are not looked at.
     """
     batch, heads, _, width = q.shape
     n_kv = k_pages.shape[2]
@@ -86,7 +89,9 @@ def paged_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor, 
     if k_pages.shape != v_pages.shape or k_pages.shape[3] != width or len(table) != batch or lengths.shape != (batch,):
         raise ValueError(f"q {tuple(q.shape)}, k_pages {tuple(k_pages.shape)}, v_pages {tuple(v_pages.shape)}, table "
                          f"{tuple(table.shape)} and lengths {tuple(lengths.shape)} do not fit; see the docstring")
+    if not q.dtype == k_pages.dtype == v_pages.dtype:
+        raise ValueError(f"q is {q.dtype}, k_pages {k_pages.dtype}, v_pages {v_pages.dtype}; give all three the same dtype")
     if path == "triton":
         support.require_triton(q, path)
     path = path or choose(q, k_pages)[0]
-    return _paged_attention(q, k_pages, v_pages, table.int(), lengths.int(), window or 0, path, chunk)
+    return _paged_attention(q, k_pages, v_pages, table.int().contiguous(), lengths.int().contiguous(), window or 0, path, chunk)

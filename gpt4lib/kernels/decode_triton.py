@@ -19,11 +19,12 @@ LAUNCH = dict(num_warps=4, num_stages=3)
 
 @triton.jit
 def split(q, k, v, table, lengths, parts, lse, scale, window, page_size,
-          q_batch, q_head, q_query, k_page, k_row, k_head, v_page, v_row, v_head, table_batch,
-          GROUP: tl.constexpr, QUERIES: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr, SPLITS: tl.constexpr,
+          q_batch, q_head, q_query, k_page, k_row, k_head, v_page, v_row, v_head, table_batch, splits,
+          GROUP: tl.constexpr, QUERIES: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr,
           CHUNK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, KEYS: tl.constexpr, F32: tl.constexpr):
     """One chunk of one sequence's keys for one key/value head: partial output and log2 of the weights' sum."""
-    b, head, s = tl.program_id(0), tl.program_id(1) // TILES, tl.program_id(2)
+    b, s = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    head = (tl.program_id(1) // TILES).to(tl.int64)                  # 64-bit: a stride times an index can pass 2^31
     n = tl.load(lengths + b)
     lo = s * CHUNK
     if lo >= n:
@@ -33,7 +34,7 @@ def split(q, k, v, table, lengths, parts, lse, scale, window, page_size,
     real = row < GROUP * QUERIES
     position = n - QUERIES + row % QUERIES                           # of each row's query in its sequence
     col = tl.arange(0, COLS)
-    at_q = b.to(tl.int64) * q_batch + (head * GROUP + row // QUERIES) * q_head + (row % QUERIES) * q_query
+    at_q = b * q_batch + (head * GROUP + row // QUERIES) * q_head + (row % QUERIES) * q_query
     x = tl.load(q + at_q[:, None] + col[None, :], mask=real[:, None] & (col < WIDTH)[None, :], other=0.0)
     if F32:
         x = x.to(tl.float32)
@@ -46,7 +47,7 @@ def split(q, k, v, table, lengths, parts, lse, scale, window, page_size,
         key = start + tl.arange(0, KEYS)
         there = key < hi
         page = tl.load(table + b * table_batch + key // page_size, mask=there, other=0).to(tl.int64)
-        inside = key % page_size
+        inside = (key % page_size).to(tl.int64)
         keys = tl.load(k + (page * k_page + inside * k_row + head * k_head)[None, :] + col[:, None],
                        mask=there[None, :] & (col < WIDTH)[:, None], other=0.0)
         values = tl.load(v + (page * v_page + inside * v_row + head * v_head)[:, None] + col[None, :],
@@ -66,18 +67,18 @@ def split(q, k, v, table, lengths, parts, lse, scale, window, page_size,
         acc = acc * keep[:, None] + tl.dot(weight.to(values.dtype), values, input_precision="ieee")
         top = new
     safe = tl.where(total > 0, total, 1.0)
-    at = ((b.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * SPLITS + s) * ROWS + tl.arange(0, ROWS)
-    tl.store(parts + at[:, None] * COLS + col[None, :], acc / safe[:, None])
-    tl.store(lse + at, tl.where(total > 0, top + tl.log2(safe), -float("inf")))
+    at = ((b * tl.num_programs(1) + tl.program_id(1)) * splits + s) * ROWS + tl.arange(0, ROWS)
+    tl.store(parts + at[:, None] * COLS + col[None, :], acc / safe[:, None], mask=real[:, None])
+    tl.store(lse + at, tl.where(total > 0, top + tl.log2(safe), -float("inf")), mask=real)
 
 
 @triton.jit
-def merge(parts, lse, lengths, out, GROUP: tl.constexpr, QUERIES: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr,
-          HEADS: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+def merge(parts, lse, lengths, out, splits, GROUP: tl.constexpr, QUERIES: tl.constexpr, WIDTH: tl.constexpr,
+          TILES: tl.constexpr, HEADS: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     """One query's chunks in order. A loop to the sequence's own length, so the order never depends on the batch."""
     b, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     col = tl.arange(0, COLS)
-    first = ((b.to(tl.int64) * HEADS + head) * TILES + row // ROWS) * SPLITS * ROWS + row % ROWS
+    first = ((b.to(tl.int64) * HEADS + head) * TILES + row // ROWS) * splits * ROWS + row % ROWS
     top, total = -float("inf"), 0.0
     acc = tl.zeros((COLS,), tl.float32)
     for s in range(0, tl.cdiv(tl.load(lengths + b), CHUNK)):
@@ -115,11 +116,11 @@ def forward(q: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor, lengths:
     q = q if q.stride(3) == 1 else q.contiguous()
     if k_col != 1 or v_col != 1:
         raise ValueError("the last dimension of the pages must be contiguous; store a key's channels side by side")
-    shared = dict(GROUP=group, QUERIES=queries, WIDTH=width, TILES=size["TILES"], SPLITS=splits, CHUNK=chunk,
+    shared = dict(GROUP=group, QUERIES=queries, WIDTH=width, TILES=size["TILES"], CHUNK=chunk,
                   ROWS=size["ROWS"], COLS=size["COLS"])
     split[(batch, tiles, splits)](
         q, k_pages, v_pages, table, lengths, parts, lse, width ** -0.5 * 1.4426950408889634, window, page_size,
-        *q.stride()[:3], k_page, k_row, k_head, v_page, v_row, v_head, table.stride(0),
+        *q.stride()[:3], k_page, k_row, k_head, v_page, v_row, v_head, table.stride(0), splits,
         KEYS=size["KEYS"], F32=interpreting(), **shared, **LAUNCH)
-    merge[(batch, n_kv, group * queries)](parts, lse, lengths, out, HEADS=n_kv, **shared)
+    merge[(batch, n_kv, group * queries)](parts, lse, lengths, out, splits, HEADS=n_kv, **shared)
     return out

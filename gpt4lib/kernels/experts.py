@@ -15,9 +15,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from gpt4lib.kernels import grouped, support
 from gpt4lib.kernels.activation import ACTIVATIONS, activate
+from gpt4lib.kernels.support import SMALL_BATCH
 
 PATHS = (None, "grouped", "triton", "triton_small")
-SMALL_BATCH = 16                     # tokens that fit the smallest tile of a tensor core
 
 
 class Dispatch(NamedTuple):
@@ -39,7 +39,7 @@ def combine(slots: Tensor, gates: Tensor) -> Tensor:
     A reshape and a sum in the order of the choices: no atomics, so the result is the same every time.
     """
     wide = torch.promote_types(slots.dtype, torch.float32)
-    by_choice, gates = slots.view(*gates.shape, -1).unbind(1), gates.to(wide)
+    by_choice, gates = slots.view(*gates.shape, slots.shape[1]).unbind(1), gates.to(wide)
     out = by_choice[0].to(wide) * gates[:, :1]
     for k, slot in enumerate(by_choice[1:], 1):
         out = torch.addcmul(out, slot.to(wide), gates[:, k:k + 1])
@@ -71,12 +71,16 @@ def reference(x: Tensor, chosen: Tensor, gates: Tensor, w_in: Tensor, w_out: Ten
     return out
 
 
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def choose(x: Tensor, chosen: Tensor, w_in: Tensor, w_out: Tensor, b_in: Tensor | None = None) -> tuple[str, str]:
     """(path, reason): which implementation `experts` takes for these arguments, and why."""
     missing = support.why_not_triton(x)
     if missing is None and b_in is not None:
         missing = "the Triton kernels have no expert biases"
-    if missing is None and len(chosen) <= SMALL_BATCH:
+    if missing is None and len(chosen) <= SMALL_BATCH and not _needs_gradient(x, w_in, w_out):
         return "triton_small", f"{len(chosen)} tokens fit one tile: only the experts they touch are read"
     if missing is None:
         return "triton", "CUDA: the gather and the activation are fused into the grouped products"
@@ -110,17 +114,20 @@ def _experts_backward(grad: Tensor, x: Tensor, chosen: Tensor, w_in: Tensor, w_o
 
 @_experts_backward.register_fake
 def _(grad, x, chosen, w_in, w_out, z, activation, biases):
-    bias = (w_in.new_empty(w_in.shape[:2]), w_in.new_empty(w_out.shape[:2])) if biases else (z.new_empty(0),) * 2
-    return torch.empty_like(x), torch.empty_like(w_in), torch.empty_like(w_out), *bias
+    bias = [z.new_empty(w.shape[:2] if biases else 0) for w in (w_in, w_out)]
+    return x.new_empty(x.shape), w_in.new_empty(w_in.shape), w_out.new_empty(w_out.shape), *bias
 
 
 def _keep(ctx, inputs, output) -> None:
     x, chosen, w_in, w_out, b_in, _, ctx.activation, *_ = inputs
     ctx.biases = b_in is not None
+    ctx.set_materialize_grads(False)                 # nobody asks for the gradient of what is kept: no zeros for it
     ctx.save_for_backward(x, chosen, w_in, w_out, output[1])
 
 
-def _differentiate(ctx, grad: Tensor, _) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx, grad: Tensor | None, _) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 9
     dx, dw_in, dw_out, db_in, db_out = _experts_backward(grad.contiguous(), *ctx.saved_tensors, ctx.activation, ctx.biases)
     return dx, None, dw_in, dw_out, *((db_in, db_out) if ctx.biases else (None, None)), None, None, None
 
@@ -145,7 +152,8 @@ def experts(x: Tensor, chosen: Tensor, w_in: Tensor, w_out: Tensor, b_in: Tensor
     """Every slot through its expert: x [tokens, d], chosen int64 [tokens, top_k] -> [tokens * top_k, d].
 
     w_in [n_experts, 2 f, d] for "swiglu" (gate rows, then up), [n_experts, f, d] otherwise; w_out
-    [n_experts, d, f]. Both biases or none. Dropped slots come out zero. `path` forces one of "grouped",
+    [n_experts, d, f]; all of one dtype. The choices of a token are distinct and at most n_experts, which marks a dropped
+    slot: it comes out zero. Both biases or none. `path` forces one of "grouped",
     "triton", "triton_small"; None asks `choose`. Differentiable in x, weights and biases.
     Raises ValueError, one line, for shapes that do not fit or a path that cannot run.
     """
@@ -156,6 +164,11 @@ def experts(x: Tensor, chosen: Tensor, w_in: Tensor, w_out: Tensor, b_in: Tensor
     if x.shape[1] != d or tuple(w_out.shape) != (n, d, f) or len(chosen) != len(x):
         raise ValueError(f"x {tuple(x.shape)}, chosen {tuple(chosen.shape)}, w_in {tuple(w_in.shape)} and w_out "
                          f"{tuple(w_out.shape)} do not fit; w_out must be ({n}, {d}, {f}) and x one row per choice")
+    if (b_in is None) != (b_out is None) or b_in is not None and (b_in.shape, b_out.shape) != (w_in.shape[:2], w_out.shape[:2]):
+        shapes = [None if b is None else tuple(b.shape) for b in (b_in, b_out)]
+        raise ValueError(f"b_in, b_out of shapes {shapes} do not fit; give both, ({n}, {width}) and ({n}, {d}), or none")
+    if not x.dtype == w_in.dtype == w_out.dtype:
+        raise ValueError(f"x is {x.dtype}, w_in {w_in.dtype}, w_out {w_out.dtype}; give all three the same dtype")
     if path not in PATHS:
         raise ValueError(f"path={path!r} is not known; accepted: {', '.join(map(str, PATHS))}")
     if path not in (None, "grouped"):
@@ -164,5 +177,4 @@ def experts(x: Tensor, chosen: Tensor, w_in: Tensor, w_out: Tensor, b_in: Tensor
             raise ValueError(f"path={path!r} has no biases and takes at most {SMALL_BATCH} tokens if small; got "
                              f"{len(x)} tokens{' and biases' if b_in is not None else ''}; leave path out")
     path = path or choose(x, chosen, w_in, w_out, b_in)[0]
-    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w_in, w_out, b_in, b_out))
-    return _experts(x, chosen, w_in, w_out, b_in, b_out, activation, path, save)[0]
+    return _experts(x, chosen, w_in, w_out, b_in, b_out, activation, path, _needs_gradient(x, w_in, w_out, b_in, b_out))[0]

@@ -11,9 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpt4lib.kernels.support import interpreting
-
-FEW_TOKENS = 16          # the smallest row tile of a tensor core
+from gpt4lib.kernels.support import SMALL_BATCH, interpreting
 
 
 @triton.jit
@@ -101,17 +99,18 @@ def tile_map(ends: Tensor, n_slots: int, rows: int) -> tuple[Tensor, Tensor]:
     return torch.where(expert < len(ends), e, -1).int(), start.int()
 
 
-def blocks(n_slots: int, n_experts: int, width: int, itemsize: int) -> dict[str, int]:
-    """Tile sizes from the shape alone; the largest were checked to compile for sm_90 without spills."""
+def blocks(n_slots: int, n_experts: int, width: int, itemsize: int, save: bool = False) -> dict[str, int]:
+    """Tile sizes from the shape alone; tests compile the largest for sm_90 without spills. Keeping what the backward
+    pass needs takes registers too, so those tiles are narrower."""
     rows = next(r for r in (16, 32, 64, 128) if r >= min(n_slots / n_experts, 128 if itemsize == 2 else 64))
     large = rows == 128
-    return dict(ROWS=rows, COLS=min(128 if large else 64, max(16, triton.next_power_of_2(width))),
+    return dict(ROWS=rows, COLS=min(128 if large and not save else 64, max(16, triton.next_power_of_2(width))),
                 DEPTH=64 if itemsize == 2 else 32, GROUP=8, num_warps=8 if rows * itemsize == 256 else 4, num_stages=3)
 
 
 def few_blocks(width: int, itemsize: int) -> dict[str, int]:
     """Many narrow blocks, so that a single token's two experts still occupy every multiprocessor."""
-    return dict(ROWS=FEW_TOKENS, COLS=min(32, max(16, triton.next_power_of_2(width))), DEPTH=256 // itemsize, GROUP=1,
+    return dict(ROWS=SMALL_BATCH, COLS=min(32, max(16, triton.next_power_of_2(width))), DEPTH=256 // itemsize, GROUP=1,
                 num_warps=4, num_stages=4)
 
 
@@ -126,7 +125,8 @@ def forward(x: Tensor, chosen: Tensor, order: Tensor, ends: Tensor, w_in: Tensor
     size = blocks(n_slots, n_experts, f, x.element_size())
     expert, start = (None, None) if few else tile_map(ends, n_slots, size["ROWS"])
     for first, a, w, y, n_out, act in ((True, x, w_in, h, f, activation), (False, h, w_out, out, d, "")):
-        size = (few_blocks if few else blocks)(*(() if few else (n_slots, n_experts)), n_out, x.element_size())
+        size = (few_blocks(n_out, x.element_size()) if few else
+                blocks(n_slots, n_experts, n_out, x.element_size(), save and first))
         n_blocks = triton.cdiv(n_out, size["COLS"])
         expert_gemm[(n_experts, n_blocks) if few else (len(expert) * n_blocks,)](
             a, w, y, z, chosen, tokens, order, expert, start, ends, w.shape[1], n_out, a.shape[1],

@@ -23,6 +23,8 @@ def why_by_expert(x: Tensor, n_slots: int, w_in: Tensor, w_out: Tensor) -> str |
     """Why the experts run one at a time; None when torch's grouped_mm takes them all at once."""
     if any(stride * x.element_size() % 16 for t in (x, w_in, w_out) for stride in t.stride() if stride != 1):
         return "grouped_mm needs strides of a multiple of 16 bytes"
+    if n_slots == 0:
+        return "there is no slot"
     if x.is_cuda:
         return None if x.dtype == torch.bfloat16 else f"on CUDA torch promises grouped_mm for bfloat16 only, not {x.dtype}"
     if x.dtype != torch.float32:
@@ -65,12 +67,14 @@ def backward(grad: Tensor, x: Tensor, chosen: Tensor, order: Tensor, ends: Tenso
     if why_by_expert(x, n_slots, w_in, w_out) is None:
         grad = grad[order]
         dz = activate_backward(_all_rows(grad, w_out.transpose(1, 2), ends), z, activation)
-        dw_in = F.grouped_mm(dz.t(), x[order // top_k], offs=ends)
-        dw_out = F.grouped_mm(grad.t(), activate(z, activation), offs=ends)
+        nobody = torch.diff(ends, prepend=ends.new_zeros(1)).eq(0)[:, None, None]    # unwritten on some GPUs: pytorch #172439
+        dw_in = F.grouped_mm(dz.t(), x[order // top_k], offs=ends).masked_fill_(nobody, 0)
+        dw_out = F.grouped_mm(grad.t(), activate(z, activation), offs=ends).masked_fill_(nobody, 0)
         dx = torch.empty_like(grad).index_copy_(0, order, _all_rows(dz, w_in.transpose(1, 2), ends))
-        expert = _expert_of_row(ends, n_slots)
-        db_in, db_out = (_sum_by_expert(d, expert, len(w_in)) if biases else z.new_empty(0) for d in (dz, grad))
-        return dx.view(len(x), top_k, -1).sum(1), dw_in, dw_out, db_in, db_out
+        used = torch.arange(n_slots, device=ends.device) < ends[-1]
+        who = F.one_hot(_expert_of_row(ends, n_slots), len(w_in) + 1)[:, :-1].t().float()      # sums in fp32, no atomics
+        db_in, db_out = ((who @ d.where(used[:, None], 0).float()).to(d.dtype) if biases else z.new_empty(0) for d in (dz, grad))
+        return dx.view(len(x), top_k, x.shape[1]).sum(1), dw_in, dw_out, db_in, db_out
     dx, dw_in, dw_out = torch.zeros_like(grad), torch.empty_like(w_in), torch.empty_like(w_out)
     db_in, db_out = (z.new_zeros(w.shape[:2] if biases else 0) for w in (w_in, w_out))
     for e, start, end in _runs(ends):
@@ -82,7 +86,7 @@ def backward(grad: Tensor, x: Tensor, chosen: Tensor, order: Tensor, ends: Tenso
         dx[slot] = dz @ w_in[e]
         if biases:
             db_in[e], db_out[e] = dz.sum(0), g.sum(0)
-    return dx.view(len(x), top_k, -1).sum(1), dw_in, dw_out, db_in, db_out
+    return dx.view(len(x), top_k, x.shape[1]).sum(1), dw_in, dw_out, db_in, db_out
 
 
 def times_transposed(rows: Tensor, weight: Tensor, out: Tensor) -> None:
@@ -123,7 +127,3 @@ def _expert_of_row(ends: Tensor, n_slots: int) -> Tensor:
 
 def _with_bias(rows: Tensor, bias: Tensor | None, expert: Tensor) -> Tensor:
     return rows if bias is None else rows + F.pad(bias, (0, 0, 0, 1))[expert]
-
-
-def _sum_by_expert(rows: Tensor, expert: Tensor, n_experts: int) -> Tensor:
-    return rows.new_zeros(n_experts + 1, rows.shape[1]).index_add_(0, expert, rows)[:-1]

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SMALL_BATCH = 16         # rows of the smallest tile of a tensor core: a batch up to it is one tile
 
 
 def interpreting() -> bool | None:
-    """Whether Triton was imported to interpret its kernels; None where Triton is not installed.
+    """Whether Triton interprets its kernels, decided when they were defined; None where Triton is not installed.
 
     Under the interpreter the kernels cast their operands to fp32 first: its dot multiplies the raw bits of
     bfloat16 (triton-lang/triton issue 11584).

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,7 @@ class KVCache:
         old = self._layers.get(layer)
         if old is None or window is not None or new[0].requires_grad:
             full = new if old is None else tuple(torch.cat(pair, 2) for pair in zip(old, new))
+            self._buffers.pop(layer, None)                     # what is held no longer lives there
             self._layers[layer] = full if window is None else tuple(t[:, :, -window:].clone() for t in full)
             return full
         start, end = old[0].shape[2], old[0].shape[2] + new[0].shape[2]
@@ -45,10 +48,15 @@ class KVCache:
         """Add the new keys and values, and attend to all: shapes as in `kernels.attention.attention`."""
         k, v = self.append(layer, k, v, window=window)
         pages = k.transpose(1, 2), v.transpose(1, 2)           # a contiguous cache is one page a sequence
-        if sinks is not None or decode.choose(q, pages[0])[0] != "triton":
+        if sinks is not None or decode.choose(q, pages[0])[0] != "triton":      # which it is not if a gradient is asked for
             return attention(q, k, v, window=window, sinks=sinks)
         table = torch.arange(len(q), device=q.device, dtype=torch.int32)[:, None]
         return decode.paged_attention(q, *pages, table, torch.full_like(table[:, 0], k.shape[2]), window=window)
+
+    @property
+    def known_length(self) -> int:
+        """`length`: the host always knows it."""
+        return self.length
 
     def positions(self, n_tokens: int, device: torch.device) -> Tensor:
         """Where the next tokens stand, int64 [n_tokens]."""
@@ -68,7 +76,9 @@ class PagedKVCache:
     """Pages of page_size tokens in one pool; each sequence has its own length and its own list of pages.
 
     table, int32 [batch, pages], says which page holds a sequence's tokens 0.., page_size.., and is the caller's to
-    fill; several rows may name the same page. Kwon et al. 2023, arXiv:2309.06180, section 4.
+    fill; several rows may name the same page, and an empty seat of a fixed batch should own one that nobody reads: it is
+    written to like any other. For inference only: nothing is differentiated through it. Kwon et al. 2023,
+    arXiv:2309.06180, section 4.
     """
 
     def __init__(self, spec: ModelSpec, n_pages: int, page_size: int, table: Tensor, dtype: torch.dtype = torch.float32) -> None:
@@ -81,27 +91,33 @@ class PagedKVCache:
 
     def rows(self, start: int, stop: int) -> "PagedKVCache":
         """The same pages, seen by some of the sequences: to prefill one while others wait."""
-        part = object.__new__(PagedKVCache)
-        part.__dict__.update(self.__dict__, table=self.table[start:stop], lengths=self.lengths[start:stop])
+        part = copy.copy(self)
+        part.table, part.lengths = self.table[start:stop], self.lengths[start:stop]
         return part
 
     @property
     def length(self) -> int:
-        """Tokens of the longest sequence."""
+        """Tokens of the longest sequence; on a GPU the host waits for it."""
         return int(self.lengths.max())
+
+    @property
+    def known_length(self) -> int:
+        """`length` where the host can have it without waiting, otherwise 0: a step in a CUDA graph must not ask."""
+        return 0 if self.lengths.is_cuda else self.length
 
     def positions(self, n_tokens: int, device: torch.device) -> Tensor:
         """Where each sequence's next tokens stand, int64 [batch, n_tokens]."""
         return self.lengths[:, None].long() + torch.arange(n_tokens, device=device)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None, sinks: Tensor | None) -> Tensor:
-        """Write the new keys and values into their pages, and attend to each sequence's own."""
+        """Write the new keys and values into their pages, and attend to each sequence's own; shapes as in
+        `kernels.attention.attention`, in the dtype of q. Sinks are refused when the cache is made."""
         where = self.positions(q.shape[2], q.device)                             # [batch, n_tokens]
         page = self.table.long().gather(1, where // self.page_size)
         for pool, new in ((self.keys, k), (self.values, v)):
-            pool[layer][page, where % self.page_size] = new.transpose(1, 2).to(pool.dtype)
-        return decode.paged_attention(q, self.keys[layer], self.values[layer], self.table,
-                                      self.lengths + q.shape[2], window=window)
+            pool[layer][page, where % self.page_size] = new.detach().transpose(1, 2).to(pool.dtype)
+        return decode.paged_attention(q.to(self.keys.dtype), self.keys[layer], self.values[layer], self.table,
+                                      self.lengths + q.shape[2], window=window).to(q.dtype)
 
     def advance(self, n_tokens: int) -> None:
         """Count the tokens of a finished forward pass."""

@@ -51,7 +51,8 @@ class Router(nn.Linear):
     without it they are the probabilities themselves (Switch, OLMoE). `jitter` multiplies the input by noise in
     [1 - jitter, 1 + jitter] while training (Fedus et al. 2021, arXiv:2101.03961, section 2.2). With a
     `capacity_factor`, an expert takes ceil(factor * tokens * top_k / n_experts) slots and drops the rest;
-    training only, because at inference a token would then depend on its batch mates.
+    training only, because at inference a token would then depend on its batch mates; padding takes slots like any token.
+    A model's routers are built with the defaults: set the attributes of `layer.router` for others.
     """
 
     def __init__(self, spec: ModelSpec, renormalise: bool = True, jitter: float = 0.0,
@@ -60,7 +61,10 @@ class Router(nn.Linear):
         self.top_k, self.renormalise, self.jitter, self.capacity_factor = spec.top_k, renormalise, jitter, capacity_factor
 
     def forward(self, x: Tensor) -> Routing:
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        with torch.autocast(x.device.type, enabled=False):       # autocast would put the product back into bfloat16
+            return self._route(x.to(torch.promote_types(x.dtype, torch.float32)))
+
+    def _route(self, x: Tensor) -> Routing:
         if self.training and self.jitter:
             x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
         logits = F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
@@ -156,7 +160,7 @@ def balance_loss(routing: Routing, mask: Tensor | None = None, group: dist.Proce
         total = torch.cat([counts, tokens[None]])
         dist.all_reduce(total, group=group)
         counts, all_tokens = total[:-1], total[-1]
-        share = share * tokens * dist.get_world_size(group) / all_tokens
+        share = share * tokens * dist.get_world_size(group) / all_tokens.clamp(min=1)
         tokens = all_tokens
     return n_experts * (counts / tokens.clamp(min=1)) @ share / chosen.shape[1]
 

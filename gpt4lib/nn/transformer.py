@@ -84,7 +84,7 @@ class Transformer(nn.Module):
 
     def forward(self, tokens: Tensor, cache: KVCache | PagedKVCache | None = None) -> Tensor:
         n = tokens.shape[1]
-        self._check(n, cache.length if cache is not None else 0)
+        self._check(n, 0 if cache is None else cache.known_length)
         positions = torch.arange(n, device=tokens.device) if cache is None else cache.positions(n, tokens.device)
         x = self.embedding(tokens)
         if self.positions is not None:

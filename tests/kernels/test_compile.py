@@ -21,7 +21,7 @@ def resources(tmp_path_factory):
 
 
 def test_nothing_spills(resources):
-    assert len(resources) == 32 and {name: r for name, r in resources.items() if r["spilled_bytes"]} == {}
+    assert len(resources) == 34 and {name: r for name, r in resources.items() if r["spilled_bytes"]} == {}
 
 
 def test_large_tiles_use_the_warp_group_products_of_hopper(resources):

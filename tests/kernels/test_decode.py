@@ -102,11 +102,19 @@ def test_the_cpu_path_equals_the_definition():
         check(case([3, 17, 130], heads=6, n_kv=2, queries=3, dtype=dtype), window=9, path="folded")
 
 
+def test_a_transposed_table_and_strided_lengths_are_read_as_what_they_say():
+    q, k, v, table, n = case([70, 33, 129])
+    expected = kernel.paged_attention(q, k, v, table, n, path="triton", chunk=64)
+    strided = torch.stack([n, torch.zeros_like(n)], 1)[:, 0]
+    found = kernel.paged_attention(q, k, v, table.t().contiguous().t(), strided, path="triton", chunk=64)
+    assert torch.equal(found, expected)
+
+
 def test_a_contiguous_cache_is_one_page_a_sequence():
     """Strides, not copies: [batch, heads, tokens, width] seen as pages gives the attention of the whole."""
     g = torch.Generator().manual_seed(1)
-    q, k, v = torch.randn(2, 4, 1, 16, generator=g), *torch.randn(2, 2, 2, 50, 16, generator=g).unbind(0)
-    table, n = torch.arange(2, dtype=torch.int32)[:, None], torch.tensor([37, 37], dtype=torch.int32)
+    q, k, v = torch.randn(2, 4, 1, 16, generator=g).to(DEVICE), *torch.randn(2, 2, 2, 50, 16, generator=g).to(DEVICE).unbind(0)
+    table, n = torch.arange(2, dtype=torch.int32, device=DEVICE)[:, None], torch.tensor([37, 37], dtype=torch.int32, device=DEVICE)
     k, v = k[:, :, :37], v[:, :, :37]                              # a view into a larger buffer
     out = kernel.paged_attention(q, k.transpose(1, 2), v.transpose(1, 2), table, n, path="triton")
     from gpt4lib.kernels.attention import attention
@@ -116,6 +124,8 @@ def test_a_contiguous_cache_is_one_page_a_sequence():
 def test_opcheck():
     args = case([3, 17])
     opcheck(torch.ops.gpt4lib.paged_attention.default, (*args, 0, "folded", 64), test_utils=("test_schema", "test_faketensor"))
+    turned = args[0].transpose(1, 2).contiguous().transpose(1, 2)                 # as a projection leaves its heads
+    opcheck(torch.ops.gpt4lib.paged_attention.default, (turned, *args[1:], 0, "folded", 64), test_utils=("test_schema", "test_faketensor"))
 
 
 def test_the_choice_and_its_reason_can_be_asked_for():
@@ -128,7 +138,7 @@ def test_the_choice_and_its_reason_can_be_asked_for():
 @pytest.mark.parametrize("change, words", [
     ({0: torch.zeros(1, 8, 1, 31)}, "do not fit"), ({3: torch.zeros(2, 1, dtype=torch.int32)}, "do not fit"),
     ({0: torch.zeros(1, 9, 1, 32), 1: torch.zeros(4, 16, 2, 32)}, "n_heads=9 is not divisible by n_kv_heads=2"),
-    ({0: torch.zeros(1, 8, 1, 32, dtype=torch.float64)}, "cannot run")])
+    ({0: torch.zeros(1, 8, 1, 32, dtype=torch.float64)}, "give all three the same dtype")])
 def test_what_does_not_fit_is_refused_in_one_line(change, words):
     args = [t.cpu() for t in case([3])]
     for i, value in change.items():

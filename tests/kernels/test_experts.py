@@ -182,6 +182,21 @@ def test_opcheck(biases):
     opcheck(torch.ops.gpt4lib.experts.default, (x.detach(), chosen, *(t.detach() for t in leaves[1:]), *bias, "swiglu", "grouped", False))
 
 
+@pytest.mark.parametrize("biases", [False, True])
+def test_opcheck_of_the_backward_pass(biases):
+    x, chosen, _, w_in, w_out = case(9, 2, 4, 16, 8, torch.float64)
+    args = (torch.randn_like(x.repeat(2, 1)), x, chosen, w_in, w_out, torch.randn(18, 16, dtype=x.dtype, device=x.device), "swiglu", biases)
+    opcheck(torch.ops.gpt4lib.experts_backward.default, args, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_no_token_at_all_has_an_empty_result_and_zero_gradients():
+    """What a rank gets whose experts nobody chose: its backward pass runs all the same."""
+    x, chosen, gates, w_in, w_out = (t.requires_grad_() if t.is_floating_point() else t for t in case(0, 2, 4, 16, 8, torch.float32))
+    out = kernel.combine(kernel.experts(x, chosen, w_in, w_out), gates)
+    out.sum().backward()
+    assert out.shape == (0, 16) and x.grad.shape == (0, 16) and not w_in.grad.any() and not w_out.grad.any()
+
+
 def test_fake_tensors_know_the_shape():
     from torch._subclasses import FakeTensorMode
     with FakeTensorMode():
@@ -201,7 +216,10 @@ def test_the_choice_and_its_reason_can_be_asked_for():
     (dict(path="fast"), "path='fast' is not known; accepted: None, grouped"), (dict(activation="relu"), "activation='relu'"),
     (dict(x=torch.zeros(17, 16), chosen=torch.zeros(17, 2, dtype=torch.long), path="triton_small"), "at most 16 tokens"),
     (dict(w_out=torch.zeros(4, 16, 9)), r"w_out must be \(4, 16, 8\)"), (dict(x=torch.zeros(8, 16)), "one row per choice"),
-    (dict(x=torch.zeros(9, 16, dtype=torch.float64), path="triton"), "path='triton' cannot run")])
+    (dict(b_out=torch.zeros(4, 16)), "give both"), (dict(b_in=torch.zeros(4, 15), b_out=torch.zeros(4, 16)), "do not fit"),
+    (dict(x=torch.zeros(9, 16, dtype=torch.float64)), "the same dtype"),
+    (dict(**{n: torch.zeros(s, dtype=torch.float64) for n, s in (("x", (9, 16)), ("w_in", (4, 16, 16)), ("w_out", (4, 16, 8)))},
+          path="triton"), "path='triton' cannot run")])
 def test_what_does_not_fit_is_refused_in_one_line(change, words):
     x, chosen, _, w_in, w_out = (t.cpu() for t in case(9, 2, 4, 16, 8, torch.float32))
     args = dict(x=x, chosen=chosen, w_in=w_in, w_out=w_out) | change

@@ -60,6 +60,22 @@ def test_a_cache_grows_without_copying_every_step():
     assert len(held) <= 5 and cache.bytes == 2 * 45 * 2 * 4
 
 
+def test_a_step_with_gradients_between_two_without_loses_nothing():
+    cache = KVCache()
+    for value, grad in enumerate([False, False, True, False, False]):
+        new = torch.full((1, 1, 1, 2), float(value)).requires_grad_(grad)
+        keys, _ = cache.append(0, new, torch.zeros(1, 1, 1, 2))
+    assert keys[0, 0, :, 0].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_pages_do_not_join_the_graph_and_keep_their_own_dtype():
+    model = Transformer(BASE)
+    cache = PagedKVCache(BASE, 4, 4, torch.arange(4, dtype=torch.int32)[None], torch.float16)
+    logits = model(tokens(1, 5), cache)
+    assert not cache.keys.requires_grad and cache.keys.dtype == torch.float16 and logits.dtype == torch.float32
+    torch.testing.assert_close(logits, model(tokens(1, 5)), rtol=0, atol=1e-3)        # fp16 keeps 11 bits
+
+
 def test_gradients_flow_through_a_cached_pass():
     model, x = Transformer(BASE).double(), tokens(1, 6)
     cache = KVCache()
