@@ -25,7 +25,7 @@ CPU_CASES = [("multi-query", 16, 32, 1, 128, 4096, 1), ("multi-query, 8 query he
              ("multi-query, 5 guesses verified", 4, 32, 1, 128, 4096, 5)]
 GPU_CASES = [("multi-query", 256, 32, 1, 128, 8192, 1), ("grouped-query", 32, 32, 8, 128, 4096, 1),
              ("grouped-query, long", 8, 32, 8, 128, 32768, 1), ("GPT-4's heads, one rank of eight", 64, 21, 1, 128, 8192, 1),
-             ("grouped-query, 32 MB", 1, 32, 8, 128, 8192, 1), ("grouped-query, 5 guesses verified", 32, 32, 8, 128, 4096, 5)]
+             ("grouped-query, 5 guesses verified", 32, 32, 8, 128, 4096, 5)]
 
 
 def repeated(q, k, v, mask):
@@ -82,8 +82,9 @@ def main() -> int:
                    for h, n in ((heads, queries), (n_kv, keys), (n_kv, keys)))
         calls = implementations(q, k, v)
         ours = calls["gpt4lib"]()
+        tolerance = (2e-2 if CUDA else 1e-5) * float(ours.abs().max())
         for other, call in calls.items():                      # the same work, or the comparison means nothing
-            torch.testing.assert_close(call(), ours, rtol=0, atol=2e-2 if CUDA else 1e-5, msg=lambda m: f"{other}: {m}")
+            torch.testing.assert_close(call(), ours, rtol=0, atol=tolerance, msg=lambda m: f"{other}: {m}")
         read, flop = 2 * k.nbytes, 4 * batch * heads * queries * keys * width
         least = max(read / limit["bytes_per_second"], flop / limit["flop_per_second"])
         times = runner.interleaved({n: waited(c) for n, c in calls.items()}, runs=15, warm_up=3)
@@ -92,7 +93,7 @@ def main() -> int:
                "bound_by": "memory" if least > flop / limit["flop_per_second"] else "compute",
                **runner.against_all(times, "gpt4lib", least)}
         if CUDA:
-            row["graph_seconds"] = graph_seconds(calls["gpt4lib"])
+            row["graph_seconds"] = runner.graph_seconds(calls["gpt4lib"])
             row["graph_percent_of_limit"] = 100 * least / row["graph_seconds"]
         rows.append(row)
         print(f"{name:34}{row['bound_by']:8}" + "  ".join(f"{n} {s['median'] * 1e3:.3f} ms ({s['percent_of_limit']:.0f} %)"
@@ -111,24 +112,6 @@ def waited(call):
         if CUDA:
             torch.cuda.synchronize()
     return run
-
-
-def graph_seconds(call, replays: int = 20) -> float:
-    """Seconds of one call inside a CUDA graph, without the launches from the host; the least of seven tries."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream), torch.no_grad():
-        for _ in range(3):
-            call()
-    torch.cuda.synchronize()
-    captured = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(captured), torch.no_grad():
-        call()
-
-    def replay() -> None:
-        for _ in range(replays):
-            captured.replay()
-        torch.cuda.synchronize()
-    return min(runner.interleaved({"graph": replay}, runs=7)["graph"]) / replays
 
 
 if __name__ == "__main__":

@@ -53,6 +53,27 @@ def against_all(seconds: Mapping[str, list[float]], subject: str, least: float) 
     return {"seconds": every[peers[0]]["seconds"], "times_faster": {peer: out["times_faster"] for peer, out in every.items()}}
 
 
+def graph_seconds(call: Callable[[], object], replays: int = 20) -> float:
+    """Seconds of one call inside a CUDA graph, so without its launches from the host; the least of seven tries."""
+    import torch
+    with torch.no_grad():
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                call()
+        torch.cuda.synchronize()
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            call()
+
+    def replay() -> None:
+        for _ in range(replays):
+            captured.replay()
+        torch.cuda.synchronize()
+    return min(interleaved({"graph": replay}, runs=7)["graph"]) / replays
+
+
 def machine() -> dict:
     """The machine and the versions that a figure belongs to."""
     cpu = platform.processor() or platform.machine()

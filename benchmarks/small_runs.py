@@ -28,7 +28,7 @@ BATCH, LEARNING_RATE, WARM_UP, BALANCE = 32, 3e-3, 40, 0.01
 
 
 def variants(which: str) -> dict[str, ModelSpec]:
-    """Name -> spec. Experts: two active ones of width 256, as much arithmetic as the dense block of 512. Heads: with
+    """Name -> spec. Experts: two active ones of width 256, as much arithmetic as the dense block of 512, and the router's. Heads: with
     one key/value head also a feed-forward block widened by as many parameters as were saved (Shazeer 2019)."""
     if which == "experts":
         moe = {f"{n} experts": BASE.with_(n_experts=n, top_k=2, d_expert=256) for n in (4, 16, 64, 128)}
@@ -59,7 +59,7 @@ def train(spec: ModelSpec, seed: int, steps: int, texts: tuple[torch.Tensor, tor
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % (steps // 10) == 0:
+        if step % max(1, steps // 10) == 0 or step == steps:
             losses[step] = held_out_loss(model, held_out)
     used = [torch.bincount(r.chosen.flatten(), minlength=spec.n_experts) for r in seen]
     return {"seed": seed, "loss": losses[steps], "losses": losses, "seconds": time.perf_counter() - start,

@@ -7,17 +7,20 @@ loading one can run any code.
 from __future__ import annotations
 
 import json
+import re
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, Iterator, Mapping, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gpt4lib.nn.numerics import Llama3Rope, Numerics
+from gpt4lib.nn.numerics import Llama3Rope, Numerics, positive
 from gpt4lib.nn.transformer import Transformer
 from gpt4lib.specs.model import ModelSpec
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+SHARD = re.compile(r"model\d*-\d{5}-of-\d{5}\.safetensors")
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 IGNORED = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")        # buffers that old versions stored
 
@@ -36,6 +39,14 @@ GPT2 = {"transformer.wte": "embedding", "transformer.wpe": "positions", "transfo
         "transformer.h.{i}.mlp.c_fc": "layers.{i}.ffn.up", "transformer.h.{i}.mlp.c_proj": "layers.{i}.ffn.down"}
 FAMILIES = {"llama": LLAMA, "mistral": LLAMA, "mixtral": LLAMA, "gpt_bigcode": GPT2, "gpt2": GPT2}
 
+# what transformers takes for a key that config.json leaves out
+LLAMA_DEFAULTS = {"rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "hidden_act": "silu"}
+GPT2_DEFAULTS = {"layer_norm_epsilon": 1e-5, "activation_function": "gelu_new"}
+DEFAULTS = {"llama": LLAMA_DEFAULTS, "mistral": LLAMA_DEFAULTS, "gpt2": GPT2_DEFAULTS,
+            "mixtral": LLAMA_DEFAULTS | {"rms_norm_eps": 1e-5, "rope_theta": 1e6},
+            "gpt_bigcode": GPT2_DEFAULTS | {"activation_function": "gelu_pytorch_tanh"}}
+LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
 
 class Entry(NamedTuple):
     """One of their tensors: views of our parameters stacked along rows, and whether they store it transposed."""
@@ -47,6 +58,11 @@ class Entry(NamedTuple):
     def shape(self) -> tuple[int, ...]:
         rows = sum(len(p) for p in self.parts), *self.parts[0].shape[1:]
         return rows[::-1] if self.transposed else rows
+
+    def stored(self) -> Tensor:
+        """A copy as they store it."""
+        whole = torch.cat(self.parts)
+        return (whole.t() if self.transposed else whole).contiguous()
 
 
 def layout(model: Transformer, family: str) -> list[Entry]:
@@ -78,10 +94,16 @@ def layout(model: Transformer, family: str) -> list[Entry]:
 def numerics_of(config: Mapping[str, Any]) -> Numerics:
     """The numbers behind the counts; ValueError for what would be computed differently there."""
     family = config["model_type"]
-    activation = config.get("activation_function") or config.get("hidden_act", "silu")
+    known = {"rope_theta": 10_000.0, **DEFAULTS[family], **config}
+    llama = FAMILIES[family] is LLAMA
+    activation = known["hidden_act" if llama else "activation_function"]
     gelu = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
-    accepted = ("silu",) if FAMILIES[family] is LLAMA else tuple(gelu)
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    accepted = ("silu",) if llama else tuple(gelu)
+    where = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"      # the old name wins in transformers too
+    rope = config.get(where) or {}
+    if not isinstance(rope, Mapping):
+        raise ValueError(f"{family} config: {where}={rope!r} is not accepted; give an object with 'rope_type', or null")
+    rope = {"rope_theta": known["rope_theta"], "original_max_position_embeddings": known.get("max_position_embeddings"), **rope}
     kind = rope.get("rope_type", rope.get("type", "default"))
     for bad, what in ((activation not in accepted, f"activation {activation!r}; accepted: {', '.join(accepted)}"),
                       (kind not in ("default", "llama3"), f"rope_type {kind!r}; accepted: default, llama3"),
@@ -91,11 +113,13 @@ def numerics_of(config: Mapping[str, Any]) -> Numerics:
                       (not config.get("multi_query", True), "multi_query=false; accepted: true")):
         if bad:
             raise ValueError(f"{family} config: this model does not compute {what}")
-    eps = config.get("rms_norm_eps", config.get("layer_norm_epsilon", 1e-6 if FAMILIES[family] is LLAMA else 1e-5))
-    base = rope.get("rope_theta") or config.get("rope_theta") or 10_000.0
-    llama3 = None if kind == "default" else Llama3Rope(
-        rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"], rope["original_max_position_embeddings"])
-    return Numerics(eps, float(base), gelu.get(activation, "none"), llama3)
+    eps = "rms_norm_eps" if llama else "layer_norm_epsilon"
+    try:
+        llama3 = [positive(key, rope.get(key)) for key in LLAMA3_KEYS] if kind == "llama3" else []
+        base = float(positive("rope_theta", rope["rope_theta"]))
+        return Numerics(positive(eps, known[eps]), base, gelu.get(activation, "none"), Llama3Rope(*llama3) if llama3 else None)
+    except ValueError as e:
+        raise ValueError(f"{family} config: {e}") from None
 
 
 def _files(folder: Path) -> dict[str, Path]:
@@ -118,9 +142,13 @@ def _files(folder: Path) -> dict[str, Path]:
             raise ValueError(f"{file} is not there{hint}; give a folder with {SINGLE} or all shards of {INDEX}")
         try:
             with safe_open(file, "pt") as opened:
-                held |= dict.fromkeys(opened.keys(), file)
+                names = opened.keys()
         except SafetensorError as e:
             raise ValueError(f"{file} is not a whole safetensors file ({e}); it may be truncated, fetch it again") from None
+        twice = sorted(set(names) & set(held))
+        if twice:
+            raise ValueError(f"tensor {twice[0]!r} is held twice, by {held[twice[0]]} and {file.name}; delete it from one")
+        held |= dict.fromkeys(names, file)
     absent = sorted(name for name, file in files.items() if name and held.get(name) != file)
     if absent:
         raise ValueError(f"{index} places tensor {absent[0]!r} in {files[absent[0]].name}, which does not hold it")
@@ -217,32 +245,43 @@ def config_of(model: Transformer) -> dict[str, Any]:
 def save(model: Transformer, folder: str | Path, shard_bytes: int = 5 * 10**9) -> None:
     """Write config.json and safetensors that transformers and `load` both read, in shards above `shard_bytes`.
 
-    Each file is written beside its place and renamed, the index last: what was there stays whole until then.
+    Everything is written beside its place, then renamed, then what it replaces is deleted: an error while writing changes
+    nothing, and a process killed later leaves the old weights or the new, never some of each, as new shards take names that
+    are free. Only config.json, renamed last, may then be older or newer than the weights. Copies one shard at a time.
     """
     from safetensors.torch import save_file
     folder, config = Path(folder), config_of(model)
     folder.mkdir(parents=True, exist_ok=True)
-    shards: list[dict[str, Tensor]] = [{}]
-    filled = 0
-    for name, parts, transposed in layout(model, config["model_type"]):
-        whole = torch.cat(parts)
-        whole = (whole.t() if transposed else whole).contiguous()
-        if shards[-1] and filled + whole.nbytes > shard_bytes:
-            shards.append({})
+    shards: list[list[Entry]] = [[]]
+    filled = total = 0
+    for entry in layout(model, config["model_type"]):
+        size = sum(p.nbytes for p in entry.parts)
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append([])
             filled = 0
-        shards[-1][name] = whole
-        filled += whole.nbytes
-    files = [SINGLE] if len(shards) == 1 else [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    for file, tensors in zip(files, shards):
-        save_file(tensors, folder / (file + ".tmp"), metadata={"format": "pt"})
-        (folder / (file + ".tmp")).replace(folder / file)
+        shards[-1].append(entry)
+        filled += size
+        total += size
     config["dtype"] = str(model.embedding.weight.dtype).removeprefix("torch.")
-    texts = {"config.json": config}
+    files, texts = [SINGLE], {"config.json": config}
     if len(shards) > 1:
-        total = sum(t.nbytes for tensors in shards for t in tensors.values())
-        texts[INDEX] = {"metadata": {"total_size": total}, "weight_map": {n: f for f, t in zip(files, shards) for n in t}}
-    for file, text in texts.items():
-        (folder / (file + ".tmp")).write_text(json.dumps(text, indent=2) + "\n", "utf8")
-        (folder / (file + ".tmp")).replace(folder / file)
-    if len(shards) == 1:
-        (folder / INDEX).unlink(missing_ok=True)             # an index of an older, larger model would win over the file
+        choices = ([f"model{n}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+                   for n in chain([""], count(1)))
+        files = next(names for names in choices if not any((folder / name).exists() for name in names))
+        places = {e.name: file for file, entries in zip(files, shards) for e in entries}
+        texts = {INDEX: {"metadata": {"total_size": total}, "weight_map": places}, **texts}
+    temporary = {folder / file: folder / (file + ".tmp") for file in (*files, *texts)}
+    try:
+        for file, entries in zip(files, shards):
+            save_file({e.name: e.stored() for e in entries}, temporary[folder / file], metadata={"format": "pt"})
+        for file, text in texts.items():
+            temporary[folder / file].write_text(json.dumps(text, indent=2) + "\n", "utf8")
+        for place, written in temporary.items():
+            written.replace(place)
+    finally:
+        for written in temporary.values():
+            written.unlink(missing_ok=True)
+    # transformers prefers the single file and `load` the index, so whichever is older must go
+    (folder / (SINGLE if len(shards) > 1 else INDEX)).unlink(missing_ok=True)
+    for old in [p for p in folder.iterdir() if SHARD.fullmatch(p.name) and p.name not in files]:
+        old.unlink()

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def positive(name: str, value: Any) -> float:
+    """The value, if it is a finite number > 0; ValueError with its name otherwise. Strings are not read as numbers."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ValueError(f"{name}={value!r} is not accepted; give a finite number > 0")
+    return value
 
 
 @dataclass(frozen=True)
@@ -17,6 +25,13 @@ class Llama3Rope:
     low_freq_factor: float
     high_freq_factor: float
     original_context: int
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            positive(name, value)
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(f"low_freq_factor={self.low_freq_factor!r} is not accepted; "
+                             f"give a number below high_freq_factor={self.high_freq_factor!r}")
 
     def stretch(self, rates: Tensor) -> Tensor:
         """Rates whose wavelength exceeds original / low are divided by factor, those under original / high kept."""
@@ -44,8 +59,7 @@ class Numerics:
         if self.gelu not in ("none", "tanh"):
             raise ValueError(f"gelu={self.gelu!r} is not known; accepted: none, tanh")
         for name in ("norm_eps", "rope_base"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not accepted; give a number > 0")
+            positive(name, getattr(self, name))
 
     def rotary_rates(self, half: int, device: torch.device) -> Tensor:
         """Radians per position of each pair of channels, fp64 [half]. Su et al. 2021, arXiv:2104.09864, section 3.2."""

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from gpt4lib.nn import checkpoint
 from gpt4lib.nn.cache import KVCache
-from gpt4lib.nn.numerics import Numerics
+from gpt4lib.nn.numerics import Llama3Rope, Numerics
 from gpt4lib.nn.transformer import Transformer
 from gpt4lib.specs import ModelSpec
 
@@ -66,12 +67,16 @@ def test_logits_equal_those_of_transformers(pair):
     same(torch.cat(parts, 1), expected)
 
 
+def by_transformers(folder):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+
+
 @torch.no_grad()
 def test_what_we_save_is_what_transformers_loads(pair, tmp_path):
     model, folder = pair
     out = tmp_path / "again"
     checkpoint.save(checkpoint.load(folder), out)
-    same(transformers.AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager").eval()(TOKENS).logits, model(TOKENS).logits)
+    same(by_transformers(out)(TOKENS).logits, model(TOKENS).logits)
 
 
 @torch.no_grad()
@@ -144,6 +149,13 @@ def index(folder, text):
     (folder / "model.safetensors.index.json").write_text(text)
 
 
+def held_twice(folder, named):
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors, folder / "a.safetensors")
+    save_file({n: tensors[n] for n in (NAME, "lm_head.weight")}, folder / "b.safetensors")
+    index(folder, json.dumps({"weight_map": dict.fromkeys(tensors, "a.safetensors") | dict.fromkeys(named, "b.safetensors")}))
+
+
 NAME = "model.layers.1.mlp.up_proj.weight"
 FAULTS = {
     "missing": (lambda d: edit(d, lambda t: t.pop(NAME)), f"tensor '{NAME}' is missing"),
@@ -157,9 +169,22 @@ FAULTS = {
     "absent shard": (lambda d: index(d, json.dumps({"weight_map": {NAME: "model-2.safetensors"}})), "model-2.safetensors is not there"),
     "shard elsewhere": (lambda d: index(d, json.dumps({"weight_map": {NAME: "../x/model.safetensors"}})), "is not there"),
     "index of another": (lambda d: index(d, json.dumps({"weight_map": {"foo": "model.safetensors"}})), "places tensor 'foo' in model.safetensors"),
+    "held twice": (lambda d: held_twice(d, ["lm_head.weight"]), "'lm_head.weight' is held twice, by .*a.safetensors and b.safetensors"),
+    "held twice, last named": (lambda d: held_twice(d, ["lm_head.weight", NAME]), "is held twice, by .*a.safetensors and b.safetensors"),
     "index no JSON": (lambda d: index(d, "{"), "is not an index"),
     "index no map": (lambda d: index(d, "[]"), "is not an index"),
     "rope": (lambda d: edit_config(d, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "rope_type 'yarn'; accepted: default, llama3"),
+    "rope no object": (lambda d: edit_config(d, rope_parameters="x"), "llama config: rope_parameters='x' is not accepted; give an object"),
+    "rope theta": (lambda d: edit_config(d, rope_parameters={"rope_theta": "x"}), "rope_theta='x'"),
+    "rope empty": (lambda d: edit_config(d, rope_parameters={"rope_type": "llama3"}), "llama config: factor=None is not accepted; give a finite"),
+    "rope factor": (lambda d: edit_config(d, rope_parameters=LLAMA3 | {"factor": "8"}), "factor='8' is not accepted; give a finite number > 0"),
+    "rope context": (lambda d: edit_config(d, rope_parameters=LLAMA3 | {"original_max_position_embeddings": None}),
+                     "original_max_position_embeddings=None"),
+    "rope limits": (lambda d: edit_config(d, rope_parameters=LLAMA3 | {"low_freq_factor": 4.0}),
+                    "low_freq_factor=4.0 is not accepted; give a number below high_freq_factor=4.0"),
+    "eps null": (lambda d: edit_config(d, rms_norm_eps=None), "llama config: rms_norm_eps=None is not accepted; give a finite number > 0"),
+    "eps text": (lambda d: edit_config(d, rms_norm_eps="x"), "rms_norm_eps='x'"),
+    "eps NaN": (lambda d: edit_config(d, rms_norm_eps=float("nan")), "rms_norm_eps=nan"),
     "activation": (lambda d: edit_config(d, hidden_act="relu"), "activation 'relu'; accepted: silu"),
     "family": (lambda d: edit_config(d, model_type="qwen3"), "'qwen3' can be counted but its weights are not read"),
     "no config": (lambda d: (d / "config.json").unlink(), "config.json cannot be read"),
@@ -174,6 +199,42 @@ def test_a_fault_on_disk_is_one_line_that_names_it(tmp_path, fault):
     with pytest.raises(ValueError, match=words) as error:
         checkpoint.load(tmp_path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("make, words", [(lambda: Numerics(norm_eps="x"), "norm_eps='x'"), (lambda: Numerics(rope_base=True), "rope_base=True"),
+                                         (lambda: Numerics(rope_base=float("inf")), "rope_base=inf"),
+                                         (lambda: Llama3Rope("8", 1, 4, 16), "factor='8'"), (lambda: Llama3Rope(8, 0, 4, 16), "low_freq_factor=0"),
+                                         (lambda: Llama3Rope(8, 4, 4, 16), "low_freq_factor=4 .*below high_freq_factor=4"),
+                                         (lambda: Llama3Rope(8, 1, 4, None), "original_context=None")])
+def test_numerics_refuse_what_is_no_number_in_range(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
+@pytest.mark.parametrize("family", checkpoint.FAMILIES)
+def test_an_absent_key_means_what_it_means_to_transformers(family):
+    full = transformers.AutoConfig.for_model(family).to_dict()
+    numerics = checkpoint.numerics_of({"model_type": family})
+    assert numerics == checkpoint.numerics_of(full)
+    assert numerics.norm_eps == full.get("rms_norm_eps", full.get("layer_norm_epsilon"))
+    assert numerics.rope_base == full.get("rope_parameters", {"rope_theta": 1e4})["rope_theta"]
+
+
+@pytest.mark.parametrize("name, keys", [("mixtral", ("rms_norm_eps", "rope_parameters", "hidden_act")), ("gpt2", ("activation_function",)),
+                                        ("gpt_bigcode", ("activation_function", "layer_norm_epsilon")), ("mistral", ("rms_norm_eps",))])
+def test_a_short_config_gives_the_logits_of_transformers(tmp_path, name, keys):
+    theirs(MODELS[name], tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in keys}))
+    with torch.no_grad():
+        same(checkpoint.load(tmp_path)(TOKENS), by_transformers(tmp_path)(TOKENS).logits)
+
+
+@pytest.mark.parametrize("rope", [dict(rope_scaling={"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}),
+                                  dict(rope_scaling=LLAMA3, rope_parameters={"rope_type": "default", "rope_theta": 1e4})])
+def test_older_words_for_the_rotation_mean_what_they_mean_to_transformers(rope):
+    full = transformers.LlamaConfig.from_dict(SIZES | rope).to_dict()
+    assert checkpoint.numerics_of(SIZES | rope | {"model_type": "llama"}) == checkpoint.numerics_of(full)
 
 
 def test_a_tied_head_stored_twice_must_agree(tmp_path):
@@ -206,6 +267,92 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
         checkpoint.save(model, tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.suffix != ".tmp"} == before
     checkpoint.load(tmp_path)
+
+
+def weights(seed):
+    """One of two models of the same config, so that only the weights tell which was read."""
+    spec = ModelSpec("ours", n_layers=2, d_model=16, n_heads=4, d_ff=24, vocab_size=30, context=32, gated_ffn=True, norm="rmsnorm",
+                     tied=False)
+    return Transformer(spec, seed=seed)
+
+
+def which(folder):
+    """The seeds of the models that ours and transformers read in folder; StopIteration for a mix of them."""
+    ours, other = checkpoint.load(folder), by_transformers(folder).state_dict()
+    read = [{e.name: e.parts[0] for e in checkpoint.layout(ours, "llama")}, other]
+    known = [{e.name: e.parts[0] for e in checkpoint.layout(weights(seed), "llama")} for seed in (0, 1)]
+    return [next(seed for seed in (0, 1) if all(torch.equal(r[n], t) for n, t in known[seed].items())) for r in read]
+
+
+SHARDED, WHOLE = 4_000, 10**9
+
+
+@pytest.mark.parametrize("before, after", [(WHOLE, SHARDED), (SHARDED, WHOLE), (SHARDED, SHARDED), (WHOLE, WHOLE), (SHARDED, 7_000)])
+def test_a_save_replaces_the_checkpoint_for_every_reader(tmp_path, before, after):
+    for seed, size in enumerate((before, after)):
+        checkpoint.save(weights(seed), tmp_path, size)
+    assert which(tmp_path) == [1, 1]
+    checkpoint.save(weights(0), tmp_path / "fresh", after)              # and leaves no file of the old one
+    assert len(list(tmp_path.glob("*.*"))) == len(list((tmp_path / "fresh").iterdir()))
+
+
+def test_a_failure_on_the_second_shard_changes_nothing(tmp_path, monkeypatch):
+    checkpoint.save(weights(0), tmp_path, SHARDED)
+    old, calls = {p.name: p.read_bytes() for p in tmp_path.iterdir()}, []
+
+    def full(*how, **more):
+        calls.append(how)
+        if len(calls) == 2:
+            raise OSError("disk full")
+        save_file(*how, **more)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.save(weights(1), tmp_path, SHARDED)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == old and which(tmp_path) == [0, 0]
+
+
+@pytest.mark.parametrize("before, after", [(WHOLE, SHARDED), (SHARDED, WHOLE), (SHARDED, SHARDED), (WHOLE, WHOLE)])
+def test_killed_between_any_two_steps_a_save_leaves_the_old_weights_or_the_new(tmp_path, monkeypatch, before, after):
+    class Killed(BaseException):
+        pass
+    left = 0
+    while True:
+        folder, steps = tmp_path / str(left), iter([True] * left)
+        checkpoint.save(weights(0), folder, before)
+
+        def step(real):
+            def counted(path, *how, **more):
+                if path.suffix != ".tmp" or real is not unlink:         # what the clean-up of .tmp files does is no step
+                    if not next(steps, False):
+                        raise Killed
+                return real(path, *how, **more)
+            return counted
+        replace, unlink = pathlib.Path.replace, pathlib.Path.unlink
+        with monkeypatch.context() as patch:
+            patch.setattr(pathlib.Path, "replace", step(replace))
+            patch.setattr(pathlib.Path, "unlink", step(unlink))
+            try:
+                checkpoint.save(weights(1), folder, after)
+                done = True
+            except Killed:
+                done = False
+        assert set(which(folder)) <= {0, 1}
+        if done:
+            break
+        left += 1
+    assert left >= 2 and which(folder) == [1, 1]
+
+
+def test_a_save_holds_one_shard_at_a_time(tmp_path, monkeypatch):
+    earlier = []
+
+    def watched(tensors, *how, **more):
+        assert not any(t() is not None for t in earlier)
+        earlier.extend(map(weakref.ref, tensors.values()))
+        save_file(tensors, *how, **more)
+    monkeypatch.setattr("safetensors.torch.save_file", watched)
+    checkpoint.save(weights(0), tmp_path, SHARDED)
+    assert len(earlier) > 10
 
 
 def test_old_gpt2_files_without_prefix_and_with_mask_buffers(tmp_path):

@@ -28,7 +28,8 @@ def route(logits, top_k=2):
 
 
 # --- the layer ---------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("kind", [{}, dict(gated_ffn=True), dict(gated_ffn=True, expert_bias=True, router_bias=True), dict(top_k=1)])
+@pytest.mark.parametrize("kind", [{}, dict(gated_ffn=True), dict(gated_ffn=True, expert_bias=True, router_bias=True), dict(top_k=1),
+                                  dict(d_shared=8), dict(d_shared=8, shared_gate=True, gated_ffn=True)])
 @pytest.mark.parametrize("tokens", [1, 9])
 def test_the_layer_equals_the_loop_over_experts(kind, tokens):
     layer, x = moe(**kind), numbers(tokens, 24)
@@ -37,6 +38,12 @@ def test_the_layer_equals_the_loop_over_experts(kind, tokens):
     e = layer.experts
     _, chosen, gates = layer.router(x)
     expected = reference(x, chosen, gates, e.w_in, e.w_out, e.in_bias, e.out_bias, e.activation)
+    if layer.shared is not None:
+        s = layer.shared
+        up = x @ s.up.weight.t()
+        h = torch.nn.functional.gelu(up) if s.gate is None else torch.nn.functional.silu(x @ s.gate.weight.t()) * up
+        gate = 1 if layer.shared_gate is None else torch.sigmoid(x @ layer.shared_gate.weight.t())
+        expected = expected + gate * (h @ s.down.weight.t())
     torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
 
 
@@ -99,6 +106,21 @@ def test_the_router_decides_in_fp32_even_for_a_bf16_model():
     assert (narrow.sort().values != chosen.sort().values).any()
 
 
+def test_jitter_stays_within_its_bounds():
+    """A one-hot router reads the jittered input itself."""
+    router = Router(SPEC, jitter=0.1).double()
+    router.weight.data.zero_()[:, 0] = 1
+    seen = torch.cat([router(torch.ones(200, 24, dtype=torch.float64)).logits[:, 0] for _ in range(5)])
+    assert 0.9 <= seen.min() < 0.91 and 1.09 < seen.max() <= 1.1
+
+
+def test_the_router_stays_in_fp32_under_autocast():
+    router, x = Router(SPEC), torch.randn(64, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = router(x).logits
+    assert logits.dtype == torch.float32 and torch.equal(logits, router(x).logits)
+
+
 def test_jitter_moves_the_logits_in_training_only():
     router, x = Router(SPEC, jitter=0.1).double(), numbers(9, 24)
     torch.manual_seed(0)
@@ -118,7 +140,7 @@ def test_dispatch_sorts_slots_and_combine_undoes_it():
 
 
 def test_combine_adds_in_fp32():
-    """256 slots of 1 + 256 of 2^-8 in bfloat16: a bfloat16 sum would stop growing."""
+    """1 + 2^-9 - 1 + 2^-9 in bfloat16: a bfloat16 sum would lose both small terms."""
     slots = torch.tensor([1.0, 2.0 ** -9] * 2, dtype=torch.bfloat16)[:, None]
     out = combine(slots.repeat(1, 4), torch.tensor([[1.0, 1.0, -1.0, 1.0]]))
     assert out.dtype == torch.bfloat16 and (out == 2.0 ** -8).all()
