@@ -12,7 +12,7 @@ import re
 
 import pytest
 
-from gpt4lib.analysis import roofline
+from gpt4lib.analysis import flops, memory, roofline
 from gpt4lib.analysis.parameters import parameters
 from gpt4lib.specs import DeviceSpec, ModelSpec
 
@@ -116,6 +116,28 @@ def test_chapter_5_formulas_are_the_library_s():
         m = ModelSpec.preset(model)
         device = DeviceSpec.preset({"A100": "a100-80gb", "H100": "h100-sxm"}[device])
         assert (v["E"], v["k"], v["r"]) == (m.n_experts, m.top_k, round(roofline.ridge(device, "bf16")))
+
+
+def test_chapter_8_formulas_are_the_library_s():
+    (form,) = forms(ROOT / "chapters" / "08_multi_query_attention.ipynb")
+    dice = random.Random(1)
+    cases = [form.inputs, *form.presets.values()]
+    for _ in range(50):
+        g = dice.randint(1, 8)
+        cases.append(dict(L=dice.randint(1, 100), g=g, h=g * dice.randint(1, 9), k=2 * dice.randint(1, 128),
+                          S=dice.randint(1, 99999), B=dice.randint(1, 999)))
+    for v in cases:
+        m = ModelSpec("form", n_layers=v["L"], d_model=64, n_heads=v["h"], n_kv_heads=v["g"], head_dim=v["k"], d_ff=1,
+                      vocab_size=1, context=10**6)
+        scores = flops.decode(m, v["B"], v["S"] - 1).by_part["scores"]          # the new token is one of the S keys
+        for label, value in {"one token": memory.kv_cache_bytes(m, 1, 1), "one sequence": memory.kv_cache_bytes(m, 1, v["S"]),
+                             "the batch": memory.kv_cache_bytes(m, v["B"], v["S"]), "less than multi-head": 1 - v["g"] / v["h"],
+                             "attention FLOP a step": scores}.items():
+            assert PLAIN.fullmatch(form.formulas[label])
+            assert eval(form.formulas[label], {}, v) == value, (label, v)
+    for name, v in form.presets.items():
+        m = ModelSpec.preset(name)
+        assert (v["L"], v["h"], v["g"], v["k"]) == (m.n_layers, m.n_heads, m.n_kv_heads, m.head_dim)
 
 
 def test_without_javascript_the_page_shows_the_first_preset():

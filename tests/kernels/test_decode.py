@@ -85,14 +85,15 @@ def test_a_split_that_sees_nothing_is_no_nan():
     check(case([200, 3]), window=8)
 
 
-@pytest.mark.parametrize("n_kv", [1, 4])
-def test_a_sequence_s_bits_do_not_depend_on_its_batch_mates(n_kv):
-    lengths = [5, 64, 300, 130]
-    q, k, v, table, n = case(lengths, heads=8, n_kv=n_kv)
-    together = kernel.paged_attention(q, k, v, table, n, path="triton", chunk=64)
+@pytest.mark.parametrize("n_kv, queries, dtype, chunk", [
+    (1, 1, torch.float32, 64), (4, 1, torch.float32, 64), (1, 3, torch.bfloat16, 64), (2, 1, torch.float16, kernel.CHUNK)], ids=str)
+def test_a_sequence_s_bits_do_not_depend_on_its_batch_mates(n_kv, queries, dtype, chunk):
+    lengths = [5, 64, 300, 130] if chunk == 64 else [5, 1100]
+    q, k, v, table, n = case(lengths, heads=8, n_kv=n_kv, queries=queries, dtype=dtype)
+    together = kernel.paged_attention(q, k, v, table, n, path="triton", chunk=chunk)
     for b, length in enumerate(lengths):
         own = table[b:b + 1, :-(-length // 16)]                    # alone, with a table of its own length
-        alone = kernel.paged_attention(q[b:b + 1], k, v, own, n[b:b + 1], path="triton", chunk=64)
+        alone = kernel.paged_attention(q[b:b + 1], k, v, own, n[b:b + 1], path="triton", chunk=chunk)
         assert torch.equal(alone[0], together[b])
 
 
@@ -100,6 +101,21 @@ def test_the_cpu_path_equals_the_definition():
     for dtype in (torch.float64, torch.float32):
         check(case([1, 17, 130], heads=6, n_kv=2, queries=1, dtype=dtype), path="folded")
         check(case([3, 17, 130], heads=6, n_kv=2, queries=3, dtype=dtype), window=9, path="folded")
+
+
+def test_pages_are_read_in_the_order_of_the_table():
+    """Against contiguous keys that never saw a page: what both paths and their oracle might get wrong together."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, h, n, 8, generator=g, dtype=torch.float64).to(DEVICE) for h, n in ((4, 1), (2, 11), (2, 11)))
+    table, pages = torch.tensor([[2, 0, 3]], dtype=torch.int32, device=DEVICE), torch.full((2, 4, 4, 2, 8), float("nan"), device=DEVICE).double()
+    for i, page in enumerate(table[0].tolist()):
+        for pool, t in zip(pages, (k, v)):
+            rows = t[0].transpose(0, 1)[4 * i:4 * i + 4]
+            pool[page, :len(rows)] = rows
+    n = torch.tensor([11], dtype=torch.int32, device=DEVICE)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    torch.testing.assert_close(kernel.paged_attention(q, *pages, table, n, path="folded"), expected, rtol=0, atol=1e-14)
+    torch.testing.assert_close(kernel.paged_attention(q.float(), *pages.float(), table, n, path="triton"), expected.float(), rtol=0, atol=2e-6)
 
 
 def test_a_transposed_table_and_strided_lengths_are_read_as_what_they_say():
