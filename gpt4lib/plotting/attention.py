@@ -26,7 +26,7 @@ def head_sharing(specs: Mapping[str, ModelSpec], height: float = 2.3) -> Figure:
     style.bare(axes)
     axes.set_xlim(0, len(specs))
     axes.set_ylim(0, 1)
-    rows = {"queries": 0.72, "keys, values": 0.36, "cached": 0.08}
+    rows = {"queries": 0.72, "keys, values": 0.36, "in a layer": 0.08}
     for words, y in rows.items():
         axes.text(-0.02, y, words, ha="right", va="center")
     inches = (style.WIDTH - 1.2) / len(specs) * SPREAD
@@ -44,5 +44,5 @@ def head_sharing(specs: Mapping[str, ModelSpec], height: float = 2.3) -> Figure:
         axes.plot(at, [rows["queries"]] * spec.n_heads, marker="o", markersize=size, linestyle="none",
                   color=style.COLORS["activations"], gid=f"{label}:queries")
         axes.text(panel + 0.5, 0.95, label, ha="center", va="center")
-        axes.text(panel + 0.5, rows["cached"], f"{2 * spec.kv_width:,} a token", ha="center", va="center")
+        axes.text(panel + 0.5, rows["in a layer"], f"{2 * spec.kv_width:,} a token", ha="center", va="center")
     return figure
