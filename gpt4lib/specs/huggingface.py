@@ -153,7 +153,9 @@ GPT2 = row(n_layers=Key("n_layer"), d_model=Key("n_embd"), n_heads=Key("n_head")
 LLAMA = row(SIZES, n_kv_heads=Key("num_key_value_heads", None), head_dim=Key("head_dim", None), norm="rmsnorm",
             gated_ffn=True, qkv_bias=Key("attention_bias", False), out_bias=Key("attention_bias", False),
             ffn_bias=Key("mlp_bias", False), tied=Key("tie_word_embeddings", False))
-MISTRAL = row(LLAMA, qkv_bias=False, out_bias=False, ffn_bias=False, window=Key("sliding_window", None))
+# Mistral AI's configs mean 8 key/value heads where they name none, and Mistral's a window of 4,096 unless it is null.
+MISTRAL = row(LLAMA, qkv_bias=False, out_bias=False, ffn_bias=False, n_kv_heads=Key("num_key_value_heads", 8),
+              window=lambda c: c.get("sliding_window", 4096))
 QWEN2 = row(LLAMA, qkv_bias=True, out_bias=False, ffn_bias=False, layer_kinds=_kinds(),
             window=lambda c: c.get("sliding_window") if c.get("use_sliding_window") else None)
 QWEN3 = row(LLAMA, ffn_bias=False, qk_norm="head", layer_kinds=_kinds(), window=QWEN2["window"])
@@ -183,7 +185,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
                   qkv_bias=Key("bias", False), out_bias=Key("bias", False), ffn_bias=Key("bias", False)),
     "llama": LLAMA,
     "mistral": MISTRAL,
-    "mixtral": row(MISTRAL, n_experts=Key("num_local_experts"), top_k=Key("num_experts_per_tok")),
+    "mixtral": row(MISTRAL, window=Key("sliding_window", None), n_experts=Key("num_local_experts"), top_k=Key("num_experts_per_tok")),
     "qwen2": QWEN2,
     "qwen2_moe": row(QWEN2, EXPERTS, SHARED, qkv_bias=Key("qkv_bias", True)),
     "qwen3": QWEN3,

@@ -186,3 +186,13 @@ def test_a_missing_file_is_named(tmp_path):
         from_hf(tmp_path / "nowhere.json")
     with pytest.raises(ValueError, match="config.json cannot be read"):
         from_hf(tmp_path)
+
+
+@pytest.mark.parametrize("family, config_class", [("mistral", "MistralConfig"), ("mixtral", "MixtralConfig")])
+def test_keys_that_mistral_leaves_out_mean_what_they_mean_to_transformers(family, config_class):
+    import transformers
+    config = getattr(transformers, config_class)().to_dict()
+    short = {k: v for k, v in config.items() if k not in ("sliding_window", "num_key_value_heads")}
+    spec, full = from_hf(short), from_hf(config)
+    assert (spec.window, spec.n_kv_heads) == (full.window, full.n_kv_heads) == (config["sliding_window"], 8)
+    assert from_hf({**config, "sliding_window": None}).window is None
