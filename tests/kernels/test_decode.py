@@ -118,6 +118,17 @@ def test_pages_are_read_in_the_order_of_the_table():
     torch.testing.assert_close(kernel.paged_attention(q.float(), *pages.float(), table, n, path="triton"), expected.float(), rtol=0, atol=2e-6)
 
 
+def test_offsets_beyond_31_bits():
+    """Three heads 2^30 elements apart: a virtual allocation of which some kilobytes are ever touched."""
+    far = 2 ** 30
+    k, v = (torch.empty(2 * far + 64, dtype=torch.float16, device=DEVICE).as_strided((1, 4, 3, 16), (64, 16, far, 1)) for _ in "kv")
+    g = torch.Generator().manual_seed(0)
+    for pages in (k, v):
+        pages.copy_(torch.randn(1, 4, 3, 16, generator=g))
+    q = torch.randn(1, 3, 1, 16, generator=g).to(DEVICE, torch.float16)
+    check([q, k, v, torch.zeros(1, 1, dtype=torch.int32, device=DEVICE), torch.tensor([4], dtype=torch.int32, device=DEVICE)])
+
+
 def test_a_transposed_table_and_strided_lengths_are_read_as_what_they_say():
     q, k, v, table, n = case([70, 33, 129])
     expected = kernel.paged_attention(q, k, v, table, n, path="triton", chunk=64)
