@@ -26,7 +26,7 @@ def visible(n_queries: int, n_keys: int, window: int | None, device: torch.devic
 def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sinks: Tensor | None = None) -> Tensor:
     """The definition, with every head written out. Vaswani et al. 2017, arXiv:1706.03762, section 3.2.
 
-    q [batch, n_heads, n_queries, head_dim], k and v [batch, n_kv_heads, n_keys, *]; `sinks`, one
+    q [batch, n_heads, n_queries, head_dim], k and v [batch, n_kv_heads, n_keys, width]; `sinks`, one
     logit a head, takes part in the softmax and carries no value.
     """
     groups = q.shape[1] // k.shape[1]
@@ -67,7 +67,7 @@ def choose(q: Tensor, k: Tensor, window: int | None, sinks: Tensor | None) -> tu
 def attention(q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, sinks: Tensor | None = None) -> Tensor:
     """Causal attention of the last `n_queries` positions over all keys, optionally within a window.
 
-    q [batch, n_heads, n_queries, head_dim], k and v [batch, n_kv_heads, n_keys, *]
+    q [batch, n_heads, n_queries, head_dim], k and v [batch, n_kv_heads, n_keys, width]
     -> [batch, n_heads, n_queries, v_dim]. Raises ValueError when the heads do not divide.
     """
     if q.shape[1] % k.shape[1]:

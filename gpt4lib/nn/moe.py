@@ -125,11 +125,13 @@ class MoE(nn.Module):
 
 @contextlib.contextmanager
 def routings(model: nn.Module) -> Iterator[list[Routing]]:
-    """Collects what every router decides while the block runs, in order, with its graph attached.
+    """Collects what every router decides while the block runs, in order, with its graph attached::
 
         with routings(model) as seen:
             logits = model(tokens)
         loss = cross_entropy(...) + 0.01 * sum(map(balance_loss, seen)) / len(seen)
+
+    One Routing a mixture layer; a layer that is recomputed in the backward pass is seen twice.
     """
     seen: list[Routing] = []
     hooks = [m.register_forward_hook(lambda _m, _x, out: seen.append(out)) for m in model.modules()
