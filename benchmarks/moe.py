@@ -105,7 +105,8 @@ def main() -> int:
             calls = {name: call(l, x, backward) for name, l in layer.items()}
             times = runner.interleaved(calls, runs=9 if tokens <= 256 else 5, warm_up=2)
             least = least_seconds(tokens, touched, backward, limit)
-            row = {"tokens": tokens, "pass": "forward and backward" if backward else "forward", "experts_touched": touched, "tokens_routed_alike": same,
+            row = {"tokens": tokens, "pass": "forward and backward" if backward else "forward",
+                   "experts_touched": touched, "tokens_routed_alike": same,
                    "expected_touched": roofline.distinct_experts(SPEC.n_experts, SPEC.top_k, tokens),
                    "path": path_of(layer["gpt4lib"], x, routing.chosen, backward),
                    **runner.against_all(times, "gpt4lib", least)}
