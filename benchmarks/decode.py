@@ -13,10 +13,10 @@ import limits
 import runner
 import torch
 import torch.nn.functional as F
+from limits import CUDA
 
 from gpt4lib.kernels import attention, decode
 
-CUDA = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
 PAGE = 64
 # name, batch, query heads, key/value heads, head_dim, keys, queries
@@ -87,7 +87,8 @@ def main() -> int:
             torch.testing.assert_close(call(), ours, rtol=0, atol=tolerance, msg=lambda m: f"{other}: {m}")
         read, flop = 2 * k.nbytes, 4 * batch * heads * queries * keys * width
         least = max(read / limit["bytes_per_second"], flop / limit["flop_per_second"])
-        times = runner.interleaved({n: waited(c) for n, c in calls.items()}, runs=15, warm_up=3)
+        with torch.no_grad():
+            times = runner.interleaved({n: limits.waited(c) for n, c in calls.items()}, runs=15, warm_up=3)
         row = {"case": name, "batch": batch, "n_heads": heads, "n_kv_heads": n_kv, "head_dim": width, "keys": keys,
                "queries": queries, "kv_bytes": read, "flop": flop, "path": decode.choose(q, k.transpose(1, 2))[0],
                "bound_by": "memory" if least > flop / limit["flop_per_second"] else "compute",
@@ -98,20 +99,8 @@ def main() -> int:
         rows.append(row)
         print(f"{name:34}{row['bound_by']:8}" + "  ".join(f"{n} {s['median'] * 1e3:.3f} ms ({s['percent_of_limit']:.0f} %)"
                                        for n, s in row["seconds"].items()), flush=True)
-    shape = {"dtype": str(DTYPE).removeprefix("torch."), "device": torch.cuda.get_device_name() if CUDA else "cpu",
-             "threads": torch.get_num_threads()}
-    print(f"wrote {runner.write('decode_' + DEVICE, {'shape': shape, 'limit': limit, 'rows': rows})}")
+    print(f"wrote {runner.write('decode_' + DEVICE, {'shape': limits.where(DTYPE), 'limit': limit, 'rows': rows})}")
     return 0
-
-
-def waited(call):
-    """The call with gradients off, and the device waited for."""
-    def run() -> None:
-        with torch.no_grad():
-            call()
-        if CUDA:
-            torch.cuda.synchronize()
-    return run
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What this machine can do at best, measured: matrix products per second and bytes read or copied per second."""
+"""The device a benchmark runs on: how to wait for it, what it is, and what it can do at best, measured."""
 
 from __future__ import annotations
 
@@ -7,15 +7,30 @@ import time
 
 import torch
 
+CUDA = torch.cuda.is_available()
+
+
+def waited(call):
+    """The call, and on CUDA the device waited for."""
+    def run() -> None:
+        call()
+        if CUDA:
+            torch.cuda.synchronize()
+    return run
+
+
+def where(dtype: torch.dtype) -> dict:
+    """Device, dtype and threads, for the results file."""
+    return {"dtype": str(dtype).removeprefix("torch."), "device": torch.cuda.get_device_name() if CUDA else "cpu",
+            "threads": torch.get_num_threads()}
+
 
 def seconds(call, runs: int = 9) -> float:
-    """Median seconds of a call that ends on the host; on CUDA the device is waited for."""
-    out = []
+    """Median seconds of a call, waited for."""
+    out, call = [], waited(call)
     for _ in range(runs + 2):
         start = time.perf_counter()
         call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
         out.append(time.perf_counter() - start)
     return statistics.median(out[2:])
 

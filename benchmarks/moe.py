@@ -12,15 +12,15 @@ import sys
 import limits
 import runner
 import torch
-import torch.nn.functional as F
+from limits import CUDA
 
 from gpt4lib import ModelSpec, roofline
 from gpt4lib.kernels import experts as kernel
 from gpt4lib.nn.moe import FeedForward, MoE
 
-CUDA = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
-SPEC = ModelSpec.preset("mixtral-8x7b") if CUDA else ModelSpec.preset("mixtral-8x7b").with_(d_model=1024, d_ff=3584, d_expert=3584)
+MIXTRAL = ModelSpec.preset("mixtral-8x7b")
+SPEC = MIXTRAL if CUDA else MIXTRAL.with_(d_model=1024, d_ff=3584, d_expert=3584)
 BATCHES = (1, 4, 16, 64, 256, 2048, 8192) if CUDA else (1, 4, 16, 64, 256, 2048)
 
 
@@ -51,15 +51,11 @@ def call(layer, x: torch.Tensor, backward: bool):
     def forward() -> None:
         with torch.no_grad():
             layer(x)
-        if CUDA:
-            torch.cuda.synchronize()
 
     def both() -> None:
         layer.zero_grad(set_to_none=True)
         layer(x.detach().requires_grad_()).backward(grad)
-        if CUDA:
-            torch.cuda.synchronize()
-    return both if backward else forward
+    return limits.waited(both if backward else forward)
 
 
 def least_seconds(tokens: int, touched: int, backward: bool, limit: dict[str, float]) -> float:
@@ -117,8 +113,7 @@ def main() -> int:
             print(f"{tokens:5} {row['pass']:21} {row['path']:13}" + "  ".join(
                 f"{n} {s['median'] * 1e3:.3f} ms ({s['percent_of_limit']:.0f} %)" for n, s in row["seconds"].items()), flush=True)
     shape = {"d_model": SPEC.d_model, "d_expert": SPEC.d_expert, "n_experts": SPEC.n_experts, "top_k": SPEC.top_k,
-             "dtype": str(DTYPE).removeprefix("torch."), "device": torch.cuda.get_device_name() if CUDA else "cpu",
-             "threads": torch.get_num_threads()}
+             **limits.where(DTYPE)}
     print(f"wrote {runner.write('moe_' + DEVICE, {'shape': shape, 'limit': limit, 'rows': rows})}")
     return 0
 

@@ -28,8 +28,8 @@ BATCH, LEARNING_RATE, WARM_UP, BALANCE = 32, 3e-3, 40, 0.01
 
 
 def variants(which: str) -> dict[str, ModelSpec]:
-    """Name -> spec. Experts: two active ones of width 256, as much arithmetic as the dense block of 512, and the router's. Heads: with
-    one key/value head also a feed-forward block widened by as many parameters as were saved (Shazeer 2019)."""
+    """Name -> spec. Experts: two active ones of width 256, as much arithmetic as the dense block of 512, and the
+    router's. Heads: with one key/value head also a feed-forward block widened by as many parameters as were saved (Shazeer 2019)."""
     if which == "experts":
         moe = {f"{n} experts": BASE.with_(n_experts=n, top_k=2, d_expert=256) for n in (4, 16, 64, 128)}
         return {"dense": BASE, **moe}

@@ -9,8 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Callable
 
-from gpt4lib.analysis import inference, memory
-from gpt4lib.analysis import inference, roofline
+from gpt4lib.analysis import inference, memory, roofline
 from gpt4lib.analysis.parameters import parameters
 from gpt4lib.specs.hardware import DeviceSpec
 from gpt4lib.specs.model import ModelSpec
@@ -39,7 +38,8 @@ def _int8_cache_fits() -> int:
     """Sequences of 32,768 tokens on the fullest 40 GB GPU of 8 x 16, one-byte keys and values, 2 GB kept back."""
     plan, spec = ParallelPlan(tp=8, pp=16), ModelSpec.preset("gpt-4")
     part = memory.serving(spec, plan, 1, 32768, kv_dtype="int8").by_part
-    return int((40e9 - 2e9 - part["weights"]) // part["kv_cache"])
+    free = DeviceSpec.preset("a100-40gb").memory_bytes - 2e9 - part["weights"]
+    return int(free // part["kv_cache"])
 
 
 def _cache_equals_weights(batch: int) -> float:

@@ -14,7 +14,7 @@ SPREAD = 0.84       # of a panel's width that its heads take
 
 
 @style.styled
-def head_sharing(specs: Mapping[str, ModelSpec], height: float = 2.3) -> Figure:
+def head_sharing(specs: Mapping[str, ModelSpec]) -> Figure:
     """One panel a spec: its query heads, its key/value heads, who reads whom, and the numbers cached a token and layer.
 
     Raises ValueError for no spec, for more than 16 query heads and for latent attention, which has no key heads to draw.
@@ -22,7 +22,7 @@ def head_sharing(specs: Mapping[str, ModelSpec], height: float = 2.3) -> Figure:
     if not specs or any(s.latent or s.n_heads > MOST for s in specs.values()):
         raise ValueError(f"specs {list(specs)} cannot be drawn; give at least one, without latent attention and with "
                          f"at most {MOST} query heads each")
-    figure, axes = style.canvas(height, left=1.15, right=0.05, bottom=0.05, top=0.05)
+    figure, axes = style.canvas(2.3, left=1.15, right=0.05, bottom=0.05, top=0.05)
     style.bare(axes)
     axes.set_xlim(0, len(specs))
     axes.set_ylim(0, 1)

@@ -19,7 +19,7 @@ def lines(curves: Mapping[str, Curve], x_label: str, y_label: str, *, colors: Ma
           x_ticks: Sequence[float], y_ticks: Sequence[float], log_x: bool = False, log_y: bool = False,
           show: Callable[[float], str] = style.short, show_y: Callable[[float], str] | None = None,
           marks: bool = False, rules: Mapping[str, float] | None = None, at: Mapping[str, tuple[float, float]] | None = None,
-          right: float = 1.5, height: float = 3.6) -> Figure:
+          right: float = 1.5) -> Figure:
     """curves: label -> (xs, ys), drawn in `colors` (label -> a meaning of COLORS or a hue) and named in the same colour.
 
     The ticks are the limits too. A name stands at the right end of its curve, or starts where `at` puts it (label -> (x, y)).
@@ -30,7 +30,7 @@ def lines(curves: Mapping[str, Curve], x_label: str, y_label: str, *, colors: Ma
     if not curves or (log_x and x_ticks[0] <= 0) or (log_y and y_ticks[0] <= 0):
         raise ValueError(f"curves of {list(curves)} with ticks from {x_ticks[0]} and {y_ticks[0]} cannot be drawn; "
                          f"give at least one curve, and a first tick > 0 for a logarithmic axis")
-    figure, axes = style.canvas(height, left=0.75, right=right, bottom=0.6, top=0.4)
+    figure, axes = style.canvas(3.6, left=0.75, right=right, bottom=0.6, top=0.4)
     for axis, ticks, log, text in ((axes.xaxis, x_ticks, log_x, show), (axes.yaxis, y_ticks, log_y, show_y or show)):
         (axes.set_xscale if axis is axes.xaxis else axes.set_yscale)("log" if log else "linear")
         axis.set_major_locator(FixedLocator(list(ticks)))
@@ -51,7 +51,7 @@ def lines(curves: Mapping[str, Curve], x_label: str, y_label: str, *, colors: Ma
     ends = {label: ys[-1] for label, (_, ys) in curves.items()} | dict(rules or {})
     ends = {label: y for label, y in ends.items() if label not in at}
     place: Callable[[float], float] = math.log if log_y else float
-    room = 0.065 * 3.6 / height * abs(place(y_ticks[-1]) - place(y_ticks[0]))
+    room = 0.065 * abs(place(y_ticks[-1]) - place(y_ticks[0]))
     heights = spread([place(y) for y in ends.values()], gap=room)
     for label, y in zip(ends, heights):
         axes.text(x_ticks[-1], math.exp(y) if log_y else y, f" {label}", ha="left", va="center_baseline",

@@ -59,6 +59,13 @@ def forms(notebook):
             yield Form(text)
 
 
+def computed(form, values, expected):
+    """(what the page's formula gives, what the library says) for every output that is expected."""
+    for label, value in expected.items():
+        assert PLAIN.fullmatch(form.formulas[label])
+        yield eval(form.formulas[label], {}, values), value
+
+
 def spec(L, d, h, k, g, f, E, e):
     dense = E == 1
     return ModelSpec(name="form", n_layers=L, d_model=d, n_heads=h, n_kv_heads=g, head_dim=k, d_ff=f,
@@ -85,9 +92,7 @@ def test_chapter_1_formulas_are_the_library_s():
         cases.append(dict(L=dice.randint(1, 100), d=dice.randint(1, 9999), g=g, h=g * dice.randint(1, 9),
                           k=dice.randint(1, 256), f=dice.randint(1, 9999), E=E, e=dice.randint(1, E)))
     for values in cases:
-        for label, value in expected(values).items():
-            assert PLAIN.fullmatch(form.formulas[label])
-            assert eval(form.formulas[label], {}, values) == value, (label, values)
+        assert all(ours == theirs for ours, theirs in computed(form, values, expected(values))), values
 
 
 def test_chapter_1_presets_are_the_library_s():
@@ -107,10 +112,9 @@ def test_chapter_5_formulas_are_the_library_s():
         E = dice.randint(1, 256)
         v = dict(E=E, k=dice.randint(1, E), B=dice.randint(1, 999), r=dice.randint(1, 600))
         read = roofline.distinct_experts(v["E"], v["k"], v["B"])
-        for label, value in {"experts read": read, "share read": read / E, "tokens per expert": v["B"] * v["k"] / E,
-                             "compute-bound from": v["r"] * E / v["k"]}.items():
-            assert PLAIN.fullmatch(form.formulas[label])
-            assert eval(form.formulas[label], {}, v) == pytest.approx(value, rel=1e-12)
+        library = {"experts read": read, "share read": read / E, "tokens per expert": v["B"] * v["k"] / E,
+                   "compute-bound from": v["r"] * E / v["k"]}
+        assert all(ours == pytest.approx(theirs, rel=1e-12) for ours, theirs in computed(form, v, library)), v
     for name, v in form.presets.items():
         model, _, device = name.partition(" on an ")
         m = ModelSpec.preset(model)
@@ -130,11 +134,10 @@ def test_chapter_8_formulas_are_the_library_s():
         m = ModelSpec("form", n_layers=v["L"], d_model=64, n_heads=v["h"], n_kv_heads=v["g"], head_dim=v["k"], d_ff=1,
                       vocab_size=1, context=10**6)
         scores = flops.decode(m, v["B"], v["S"] - 1).by_part["scores"]          # the new token is one of the S keys
-        for label, value in {"one token": memory.kv_cache_bytes(m, 1, 1), "one sequence": memory.kv_cache_bytes(m, 1, v["S"]),
-                             "the batch": memory.kv_cache_bytes(m, v["B"], v["S"]), "less than multi-head": 1 - v["g"] / v["h"],
-                             "attention FLOP a step": scores}.items():
-            assert PLAIN.fullmatch(form.formulas[label])
-            assert eval(form.formulas[label], {}, v) == value, (label, v)
+        library = {"one token": memory.kv_cache_bytes(m, 1, 1), "one sequence": memory.kv_cache_bytes(m, 1, v["S"]),
+                   "the batch": memory.kv_cache_bytes(m, v["B"], v["S"]), "less than multi-head": 1 - v["g"] / v["h"],
+                   "attention FLOP a step": scores}
+        assert all(ours == theirs for ours, theirs in computed(form, v, library)), v
     for name, v in form.presets.items():
         m = ModelSpec.preset(name)
         assert (v["L"], v["h"], v["g"], v["k"]) == (m.n_layers, m.n_heads, m.n_kv_heads, m.head_dim)
@@ -147,3 +150,13 @@ def test_without_javascript_the_page_shows_the_first_preset():
         number, unit = text.split()
         value = expected(form.inputs)[label]
         assert float(number) * units[unit] == pytest.approx(value, rel=5e-3)     # printed digits
+
+
+@pytest.mark.parametrize("chapter", ["05_mixture_of_experts", "08_multi_query_attention"])
+def test_without_javascript_the_page_shows_what_its_formulas_give(chapter):
+    (form,) = forms(ROOT / "chapters" / f"{chapter}.ipynb")
+    units = {"": 1, "k": 1e3, "kB": 1e3, "GB": 1e9, "T": 1e12, "%": 0.01}
+    assert form.fallbacks.keys() == form.formulas.keys() and form.inputs == next(iter(form.presets.values()))
+    for label, text in form.fallbacks.items():
+        number, _, unit = text.partition(" ")
+        assert float(number) * units[unit] == pytest.approx(eval(form.formulas[label], {}, form.inputs), rel=5e-4)
