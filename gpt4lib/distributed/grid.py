@@ -1,27 +1,48 @@
-"""The process grid: which rank stands where, and with whom it talks. Plain arithmetic, no process group."""
+"""The process grid: which rank stands where, and with whom it talks."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-AXES = ("pp", "dp", "tp")          # slowest first: tensor-parallel neighbours are adjacent ranks, in one node
+from gpt4lib.specs.model import ModelSpec
+from gpt4lib.specs.workload import ParallelPlan
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+AXES = ("pp", "outer", "inner", "tp")    # slowest first: tensor-parallel neighbours are adjacent ranks, in one node
 
 
 @dataclass(frozen=True)
 class ProcessGrid:
-    """pp x dp x tp ranks. Tensor parallelism varies fastest, so that its ranks share a node.
+    """pp x dp x tp ranks; dp = outer x inner, where experts (or ZeRO-3's shards) are spread over the inner part.
 
+    Tensor parallelism varies fastest, so that its ranks share a node. Plain arithmetic, no process group.
     Source: Narayanan et al. 2021, arXiv:2104.04473, section 3.2, takeaway 1.
     """
     tp: int = 1
     dp: int = 1
     pp: int = 1
+    inner: int = 1
 
     def __post_init__(self) -> None:
-        for axis in AXES:
+        for axis in ("tp", "dp", "pp", "inner"):
             value = getattr(self, axis)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{axis}={value!r} is not accepted; give an integer >= 1")
+        if self.dp % self.inner:
+            raise ValueError(f"dp={self.dp} is not divisible by ep or shard {self.inner}; choose one that divides it")
+
+    @classmethod
+    def of(cls, plan: ParallelPlan) -> "ProcessGrid":
+        return cls(plan.tp, plan.dp, plan.pp, max(plan.ep, plan.shard or 1))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The lengths of AXES."""
+        return self.pp, self.dp // self.inner, self.inner, self.tp
 
     @property
     def world_size(self) -> int:
@@ -37,22 +58,66 @@ class ProcessGrid:
                              f"tensor parallelism has to stay inside one")
 
     def coordinates(self, rank: int) -> dict[str, int]:
-        """{"pp": ..., "dp": ..., "tp": ...} of a rank."""
+        """{"pp": ..., "outer": ..., "inner": ..., "tp": ..., "dp": ...} of a rank."""
         if not 0 <= rank < self.world_size:
             raise ValueError(f"rank={rank} is not accepted; give 0 to {self.world_size - 1}")
-        rest, tp = divmod(rank, self.tp)
-        pp, dp = divmod(rest, self.dp)
-        return {"pp": pp, "dp": dp, "tp": tp}
+        at, rest = {}, rank
+        for axis, length in zip(reversed(AXES), reversed(self.shape)):
+            rest, at[axis] = divmod(rest, length)
+        return {**at, "dp": at["outer"] * self.inner + at["inner"]}
 
     def rank(self, pp: int, dp: int, tp: int) -> int:
         return (pp * self.dp + dp) * self.tp + tp
 
     def groups(self, axis: str) -> list[list[int]]:
-        """The groups of ranks that differ along one axis only, each in order of that axis."""
-        if axis not in AXES:
-            raise ValueError(f"axis={axis!r} is not known; accepted: {', '.join(AXES)}")
+        """The groups of ranks that differ along one axis only ("dp" is outer and inner), each in order of that axis."""
+        if axis not in (*AXES, "dp"):
+            raise ValueError(f"axis={axis!r} is not known; accepted: {', '.join((*AXES, 'dp'))}")
+        varies = ("outer", "inner", "dp") if axis == "dp" else (axis, "dp")
         members: dict[tuple, list[int]] = {}
         for rank in range(self.world_size):
             where = self.coordinates(rank)
-            members.setdefault(tuple(where[a] for a in AXES if a != axis), []).append(rank)
+            members.setdefault(tuple(where[a] for a in AXES if a not in varies), []).append(rank)
         return list(members.values())
+
+
+@dataclass(frozen=True)
+class Groups:
+    """What one rank talks through. None where it would be alone; `mesh` is the grid as PyTorch's DeviceMesh."""
+    at: dict[str, int]
+    mesh: "DeviceMesh"
+    dp: "ProcessGroup"
+    outer: "ProcessGroup"
+    inner: "ProcessGroup | None"
+    tp: "ProcessGroup | None"
+    kv: "ProcessGroup | None"            # tensor-parallel ranks that hold the same key/value head
+    ends: "ProcessGroup | None"          # first and last stage, which share a tied embedding
+    edges: dict[tuple[str, int], Any]    # ("F" or "B", sending stage) -> the two ranks of that link, one way
+
+
+def connect(plan: ParallelPlan, spec: ModelSpec, device: str = "cpu") -> Groups:
+    """The process groups of a plan; every rank of the initialised world calls it.
+
+    Each link of the pipeline, forward and backward, is a group of its own: NCCL runs the transfers of one group in
+    order, so two ranks that first send to each other through the same one would wait for ever.
+    """
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    grid = ProcessGrid.of(plan)
+    mesh = init_device_mesh(device, grid.shape, mesh_dim_names=AXES)
+    at = grid.coordinates(dist.get_rank())
+
+    def own(ranks: list[list[int]]) -> Any:
+        """Create all these groups, on every rank in the same order; this rank's, or None."""
+        groups = [dist.new_group(r) for r in ranks]
+        return next((g for g, r in zip(groups, ranks) if dist.get_rank() in r), None)
+
+    pipelines = grid.groups("pp")
+    edges = {(kind, s): own([[ranks[s], ranks[(s + step) % plan.pp]] for ranks in pipelines])
+             for kind, step in (("F", 1), ("B", -1)) for s in range(plan.pp)} if plan.pp > 1 else {}
+    ends = own([[r[0], r[-1]] for r in pipelines]) if plan.pp > 1 and spec.tied else None
+    heads = spec.n_kv_heads
+    sharers = plan.tp // heads if spec.latent is None and heads < plan.tp else 1
+    kv = own([r[i:i + sharers] for r in grid.groups("tp") for i in range(0, plan.tp, sharers)]) if sharers > 1 else None
+    return Groups(at, mesh, own(grid.groups("dp")), mesh.get_group("outer"), mesh.get_group("inner") if grid.inner > 1 else None,
+                  mesh.get_group("tp") if plan.tp > 1 else None, kv, ends if at["pp"] in (0, plan.pp - 1) else None, edges)

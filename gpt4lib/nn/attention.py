@@ -30,6 +30,7 @@ class Attention(nn.Module):
     x [batch, tokens, d_model] -> the same shape. Shazeer 2019, arXiv:1911.02150 (one key/value head);
     Ainslie et al. 2023, arXiv:2305.13245 (groups).
     """
+    core = staticmethod(attention)               # what is left without a cache; recomputation wraps it
 
     def __init__(self, spec: ModelSpec, layer: int, numerics: Numerics = Numerics()) -> None:
         super().__init__()
@@ -61,7 +62,7 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if s.positions == "rotary":
             q, k = rotate(q, positions, self.numerics), rotate(k, positions, self.numerics)
-        y = (attention(q, k, v, window=self.window, sinks=self.sinks) if cache is None else
+        y = (self.core(q, k, v, window=self.window, sinks=self.sinks) if cache is None else
              cache.attend(self.layer, q, k, v, self.window, self.sinks))
         y = y.transpose(1, 2).reshape(batch, tokens, s.q_width)
         return self.out(y if gate is None else y * gate.sigmoid())
@@ -73,6 +74,7 @@ class LatentAttention(nn.Module):
     x [batch, tokens, d_model] -> the same shape; the cache holds kv_rank + rope_dim numbers a token.
     Source: DeepSeek-V2, arXiv:2405.04434, section 2.1, equations 9-19.
     """
+    core = staticmethod(attention)
 
     def __init__(self, spec: ModelSpec, layer: int, numerics: Numerics = Numerics()) -> None:
         super().__init__()
@@ -100,5 +102,5 @@ class LatentAttention(nn.Module):
         latent, rope = latent.split([m.kv_rank, m.rope_dim], -1)
         kv = self.up(latent[:, 0]).view(batch, -1, heads, m.nope_dim + m.v_dim).transpose(1, 2)
         k = torch.cat([kv[..., :m.nope_dim], rope.expand(-1, heads, -1, -1)], -1)
-        y = attention(q, k, kv[..., m.nope_dim:])
+        y = self.core(q, k, kv[..., m.nope_dim:])
         return self.out(y.transpose(1, 2).reshape(batch, tokens, -1))

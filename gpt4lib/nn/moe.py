@@ -101,7 +101,7 @@ class Experts(nn.Module):
 class MoE(nn.Module):
     """Mixture of experts: each token goes to its top_k experts, and to the shared ones if there are any.
 
-    x [tokens, d_model] -> the same shape. A token all of whose slots were dropped contributes nothing here and
+    x [.., d_model] -> the same shape. A token all of whose slots were dropped contributes nothing here and
     passes through the residual stream only. Source: Shazeer et al. 2017, arXiv:1701.06538; Jiang et al. 2024,
     arXiv:2401.04088, section 2.1; shared experts: Dai et al. 2024, arXiv:2401.06066.
     """
@@ -115,12 +115,13 @@ class MoE(nn.Module):
         self.shared_gate = nn.Linear(spec.d_model, 1, bias=False) if spec.shared_gate else None
 
     def forward(self, x: Tensor) -> Tensor:
-        _, chosen, gates = self.router(x)
-        out = combine(self.experts(x, chosen), gates)
+        tokens = x.flatten(0, -2)
+        _, chosen, gates = self.router(tokens)
+        out = combine(self.experts(tokens, chosen), gates)
         if self.shared is not None:
-            gate = 1 if self.shared_gate is None else self.shared_gate(x).sigmoid()
-            out = out + gate * self.shared(x)
-        return out
+            gate = 1 if self.shared_gate is None else self.shared_gate(tokens).sigmoid()
+            out = out + gate * self.shared(tokens)
+        return out.view_as(x)
 
 
 @contextlib.contextmanager

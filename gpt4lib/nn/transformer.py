@@ -19,6 +19,15 @@ NORMS = {"rmsnorm": nn.RMSNorm,
          "layernorm_nobias": lambda d, eps: nn.LayerNorm(d, eps, bias=False)}
 
 
+def initial(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """A parameter's first value, fp32: matrices from N(0, 0.02), gains one, biases and sinks zero."""
+    if name.endswith(("bias", "sinks")):
+        return torch.zeros(shape)
+    if len(shape) == 1:
+        return torch.ones(shape)
+    return 0.02 * torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
+
+
 class Block(nn.Module):
     """One layer: attention and a feed-forward block or mixture, each added to the residual stream.
 
@@ -34,9 +43,7 @@ class Block(nn.Module):
         self.norms = nn.ModuleList(NORMS[spec.norm](spec.d_model, numerics.norm_eps) for _ in range(spec.norms_per_layer))
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        if self.ffn is not None:
-            return self.ffn(x)
-        return self.moe(x.flatten(0, 1)).view_as(x)
+        return self.moe(x) if self.ffn is None else self.ffn(x)
 
     def forward(self, x: Tensor, cache: KVCache | PagedKVCache | None, positions: Tensor) -> Tensor:
         if len(self.norms) == 1:
@@ -72,15 +79,11 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def _draw(self, seed: int) -> None:
-        """Matrices from N(0, 0.02), biases zero, gains one; a meta model has nothing to draw."""
+        """Every parameter in order from one generator; a meta model has nothing to draw."""
         generator = torch.Generator(device="cpu").manual_seed(seed)
         for name, p in self.named_parameters():
-            if p.is_meta:
-                continue
-            if p.dim() > 1 and not name.endswith("bias"):
-                p.copy_(0.02 * torch.randn(p.shape, generator=generator, device="cpu", dtype=torch.float32))
-            elif name.endswith("bias"):
-                p.zero_()
+            if not p.is_meta:
+                p.copy_(initial(name, p.shape, generator))
 
     def forward(self, tokens: Tensor, cache: KVCache | PagedKVCache | None = None) -> Tensor:
         n = tokens.shape[1]

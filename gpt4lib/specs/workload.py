@@ -8,6 +8,7 @@ from gpt4lib.specs.hardware import ClusterSpec
 from gpt4lib.specs.model import ModelSpec
 
 RECOMPUTE = ("none", "selective", "full")
+SCHEDULES = ("1f1b", "gpipe")
 
 
 @dataclass(frozen=True)
@@ -16,8 +17,9 @@ class ParallelPlan:
 
     tp, pp, dp, ep, cp: tensor, pipeline, data, expert and context parallel degrees; experts are
     spread over data-parallel ranks, so ep divides dp and adds no devices. `zero_stage` 0-3 shards
-    optimizer, then gradients, then weights over dp. micro_batch is in sequences; n_micro_batches
-    make up one step of a replica.
+    optimizer, then gradients, then weights over dp; `shard` of those ranks only with hybrid sharding,
+    None for all. micro_batch is in sequences; n_micro_batches make up one step of a replica. With
+    n_chunks > 1 each stage owns that many slices of the layers (interleaved schedule).
     """
     tp: int = 1
     pp: int = 1
@@ -29,23 +31,34 @@ class ParallelPlan:
     n_micro_batches: int = 1
     recompute: str = "none"
     sequence_parallel: bool = False
+    schedule: str = "1f1b"
+    n_chunks: int = 1
+    shard: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("tp", "pp", "dp", "ep", "cp", "micro_batch", "n_micro_batches"):
+        for name in ("tp", "pp", "dp", "ep", "cp", "micro_batch", "n_micro_batches", "n_chunks"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name}={value!r} is not accepted; give an integer >= 1")
         if type(self.zero_stage) is not int or self.zero_stage not in (0, 1, 2, 3):
             raise ValueError(f"zero_stage={self.zero_stage!r} is not accepted; give 0, 1, 2 or 3")
-        if self.recompute not in RECOMPUTE:
-            raise ValueError(f"recompute={self.recompute!r} is not known; "
-                             f"accepted: {', '.join(RECOMPUTE)}")
+        for name, accepted in (("recompute", RECOMPUTE), ("schedule", SCHEDULES)):
+            if getattr(self, name) not in accepted:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not known; "
+                                 f"accepted: {', '.join(accepted)}")
+        if self.n_chunks > 1 and (self.schedule == "gpipe" or self.pp == 1):
+            raise ValueError(f"n_chunks={self.n_chunks} needs schedule='1f1b' and pp > 1; "
+                             f"got {self.schedule!r} and pp={self.pp}")
         if type(self.sequence_parallel) is not bool:
             raise ValueError(f"sequence_parallel={self.sequence_parallel!r} is not accepted; "
                              f"give True or False")
         if self.dp % self.ep:
             raise ValueError(f"dp={self.dp} is not divisible by ep={self.ep}; "
                              f"experts are spread over data-parallel ranks")
+        if self.shard is not None and (type(self.shard) is not int or self.shard < 1
+                                       or self.dp % self.shard or self.zero_stage < 3 or self.ep > 1):
+            raise ValueError(f"shard={self.shard!r} is not accepted; give a divisor of dp={self.dp} "
+                             f"with zero_stage 3 and ep 1")
 
     @property
     def n_devices(self) -> int:
@@ -78,14 +91,22 @@ class ParallelPlan:
         if spec.latent is None and spec.n_kv_heads % self.tp and self.tp % spec.n_kv_heads:
             raise ValueError(f"n_kv_heads={spec.n_kv_heads} neither divides nor is divided by "
                              f"tp={self.tp}; key/value heads are split or copied evenly")
-        if self.pp > spec.n_layers:
-            raise ValueError(f"pp={self.pp} is more than n_layers={spec.n_layers}; "
+        if self.pp * self.n_chunks > spec.n_layers:
+            chunks = f" x n_chunks={self.n_chunks}" if self.n_chunks > 1 else ""
+            raise ValueError(f"pp={self.pp}{chunks} is more than n_layers={spec.n_layers}; "
                              f"a stage needs a layer")
         if self.ep > 1 and (not spec.is_moe or spec.n_experts % self.ep):
             raise ValueError(f"n_experts={spec.n_experts} is not divisible by ep={self.ep}; "
                              f"choose an ep that divides it")
 
+    def layers_per_chunk(self, n_layers: int) -> tuple[int, ...]:
+        """Layers of each of the pp * n_chunks slices of the model, in its order, as even as they get; the
+        first take one more. Slice i is chunk i // pp of stage i % pp."""
+        n = self.pp * self.n_chunks
+        whole, extra = divmod(n_layers, n)
+        return tuple(whole + (i < extra) for i in range(n))
+
     def layers_per_stage(self, n_layers: int) -> tuple[int, ...]:
-        """Layers of each pipeline stage, as even as they get; the first stages take one more."""
-        whole, extra = divmod(n_layers, self.pp)
-        return tuple(whole + (i < extra) for i in range(self.pp))
+        """Layers of each pipeline stage, all its chunks together."""
+        chunks = self.layers_per_chunk(n_layers)
+        return tuple(sum(chunks[stage::self.pp]) for stage in range(self.pp))

@@ -1,0 +1,106 @@
+"""Real processes on this machine, for chapters, tests and a first try; on a cluster `torchrun` starts them.
+
+The one place that reads the environment: what torchrun tells each process.
+"""
+
+from __future__ import annotations
+
+import inspect
+import multiprocessing
+import os
+import pickle
+import sys
+import tempfile
+import time
+import traceback
+from datetime import timedelta
+from multiprocessing.connection import wait
+from typing import Any, Callable, NamedTuple
+
+
+class Place(NamedTuple):
+    """What torchrun says about this process."""
+    rank: int
+    world_size: int
+    local_rank: int
+    per_node: int
+
+
+def place() -> Place:
+    """From torchrun's environment; a process on its own is a world of one."""
+    read = lambda name, default: int(os.environ.get(name, default))                # noqa: E731
+    return Place(read("RANK", 0), read("WORLD_SIZE", 1), read("LOCAL_RANK", 0), read("LOCAL_WORLD_SIZE", 1))
+
+
+def join_world(timeout_seconds: float = 600, device: str = "cpu") -> None:
+    """Start torch.distributed: gloo on CPU, NCCL on CUDA; a peer that is silent for `timeout_seconds` is an error."""
+    import torch
+    import torch.distributed as dist
+    here, alone = place(), {}
+    if device == "cuda":
+        torch.cuda.set_device(here.local_rank)
+    if "RANK" not in os.environ:                                                    # started without torchrun
+        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=timeout_seconds), **alone)
+
+
+def _work(connection, target: Any, args: tuple, rank: int, n: int, store: str, timeout_seconds: float) -> None:
+    import torch
+    import torch.distributed as dist
+    try:
+        if isinstance(target, tuple):                                               # source of a notebook's function
+            space: dict[str, Any] = {}
+            exec(target[1], space)
+            target = space[target[0]]
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=n,
+                                timeout=timedelta(seconds=timeout_seconds))
+        connection.send_bytes(pickle.dumps((True, target(*args))))   # plain bytes: tensors too outlive this process
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        connection.send_bytes(pickle.dumps((False, traceback.format_exc())))
+        os._exit(1)
+
+
+def launch(n: int, target: Callable[..., Any], *args: Any, timeout_seconds: float = 120) -> list[Any]:
+    """Run `target(*args)` in n processes joined by torch.distributed (gloo, one thread each); their results by rank.
+
+    `target` is an importable function, or one defined in a notebook cell that imports what it needs. RuntimeError
+    naming the rank when one raises, dies or is not done within `timeout_seconds`; the others are stopped.
+    """
+    if target.__module__ == "__main__" and not hasattr(sys.modules["__main__"], "__file__"):
+        target = (target.__name__, inspect.getsource(target))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed", "gpt4lib.distributed.trainer"])
+    results: dict[int, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        pairs = [context.Pipe(duplex=False) for _ in range(n)]
+        workers = [context.Process(target=_work, args=(pairs[r][1], target, args, r, n, f"{folder}/store", timeout_seconds),
+                                   daemon=True) for r in range(n)]
+        try:
+            for worker, (_, child) in zip(workers, pairs):
+                worker.start()
+                child.close()                                                       # so that a death is an end of file
+            deadline = time.monotonic() + timeout_seconds
+            while len(results) < n:
+                left = {pairs[r][0]: r for r in range(n) if r not in results}
+                for connection in wait(list(left), max(deadline - time.monotonic(), 0)) or [None]:
+                    if connection is None:
+                        raise RuntimeError(f"rank {min(left.values())} of {n} is not done after {timeout_seconds:g} s")
+                    rank = left[connection]
+                    try:
+                        fine, results[rank] = pickle.loads(connection.recv_bytes())
+                    except EOFError:
+                        workers[rank].join(5)
+                        raise RuntimeError(f"rank {rank} of {n} died with exit code {workers[rank].exitcode}") from None
+                    if not fine:
+                        raise RuntimeError(f"rank {rank} of {n} raised:\n{results[rank]}")
+            for worker in workers:
+                worker.join(10)
+        finally:
+            for worker in workers:
+                if worker.is_alive():
+                    worker.kill()
+                    worker.join()
+    return [results[r] for r in range(n)]

@@ -1,0 +1,72 @@
+"""What goes over the wire: every collective torch.distributed is asked for, ours or PyTorch's own."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# torch's operator -> our name, and which of its arguments is the tensor of full size
+COLLECTIVES = {"allreduce_": ("all_reduce", 0), "_reduce_scatter_base_": ("reduce_scatter", 1),
+               "_allgather_base_": ("all_gather", 0), "allgather_": ("all_gather", 0),
+               "alltoall_base_": ("all_to_all", 1), "send": ("send", 0), "broadcast_": ("broadcast", 0)}
+
+
+class Call(NamedTuple):
+    """One collective: its name, the bytes of the whole tensor, the ranks of its group, the bytes this rank sends."""
+    kind: str
+    size: int
+    ranks: tuple[int, ...]
+    sent: int
+
+
+def _bytes(x: Any) -> int:
+    return sum(map(_bytes, x)) if isinstance(x, (list, tuple)) else x.numel() * x.element_size()
+
+
+class count_wire(TorchDispatchMode):
+    """Collects every collective started inside the block, in order, as `Call`s in `.calls`::
+
+        with count_wire() as wire:
+            loss.backward()
+        wire.sent()        # {"all_reduce": 4096, ...}, bytes this rank sends
+
+    A reduce-scatter or an all-gather passes n - 1 of n pieces on, an all-reduce is both, an all-to-all sends
+    what is not its own, a send everything. `tests/profiling/test_wire.py` runs the same rings with single sends.
+    Receiving, barriers and the set-up of groups are not counted.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d" and (name := func._schema.name.split("::")[1]) in COLLECTIVES:
+            kind, which = COLLECTIVES[name]
+            group = next(g for a in args if isinstance(a, torch.ScriptObject)
+                         and isinstance(g := dist.ProcessGroup.unbox(a), dist.ProcessGroup))
+            self._note(kind, args[which], group, args)
+        return func(*args, **(kwargs or {}))
+
+    def _note(self, kind: str, tensor: Any, group: dist.ProcessGroup, args: tuple) -> None:
+        n, size = group.size(), _bytes(tensor)
+        turns = {"all_reduce": 2, "reduce_scatter": 1, "all_gather": 1}.get(kind, 0)
+        sent = turns * (n - 1) * -(-size // n)
+        if kind == "send":
+            sent = size
+        elif kind == "broadcast":
+            sent = size if group.rank() == args[2] else 0
+        elif kind == "all_to_all":
+            splits = args[4] or [len(tensor) // n] * n
+            sent = size - splits[group.rank()] * (size // max(len(tensor), 1))
+        self.calls.append(Call(kind, size, tuple(dist.get_process_group_ranks(group)), sent))
+
+    def sent(self) -> dict[str, int]:
+        """Bytes this rank sends, by kind of collective."""
+        total: Counter = Counter()
+        for call in self.calls:
+            total[call.kind] += call.sent
+        return dict(total)
