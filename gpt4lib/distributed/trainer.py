@@ -51,13 +51,17 @@ class Trainer:
         if len(batch) != plan.global_batch:
             raise ValueError(f"a batch of {len(batch)} is not micro_batch={plan.micro_batch} x n_micro_batches="
                              f"{plan.n_micro_batches} x dp={plan.dp}; give {plan.global_batch} sequences")
-        return list(batch.view(plan.n_micro_batches, plan.dp, plan.micro_batch, -1)[:, self.groups.at["dp"]].to(self.device))
+        mine = batch.view(plan.n_micro_batches, plan.dp, plan.micro_batch, *batch.shape[1:])[:, self.groups.at["dp"]]
+        return list(mine.to(self.device))
 
-    def backward(self, batch: Tensor) -> tuple[StepRecord, StepResult]:
-        """Forward and backward of int64 [global_batch, seq_len + 1], gradients reduced and waiting for `step`."""
+    def backward(self, batch: Tensor | list[Tensor]) -> tuple[StepRecord, StepResult]:
+        """Forward and backward of int64 [global_batch, seq_len + 1], gradients reduced and waiting for `step`.
+
+        A rank that has read its own `rows` already gives the list of them.
+        """
         # noise is the same on ranks that hold the same tokens, and a resumed run draws it again
         torch.manual_seed(hash((self.seed, self.steps, self.groups.at["dp"], self.groups.at["pp"])) % 2**63)
-        micro = self.rows(batch)
+        micro = self.rows(batch) if isinstance(batch, Tensor) else batch
         record = self.pipeline.step([m[:, :-1] for m in micro], [m[:, 1:] for m in micro])
         norm = self.optimizer.reduce()
         first = self.groups.at["tp"] == 0
@@ -67,7 +71,7 @@ class Trainer:
         loss, balance, squared = total.tolist()
         return record, StepResult(loss, balance / max(self.spec.n_moe_layers, 1), squared ** 0.5)
 
-    def step(self, batch: Tensor, lr: float | None = None) -> tuple[StepRecord, StepResult]:
+    def step(self, batch: Tensor | list[Tensor], lr: float | None = None) -> tuple[StepRecord, StepResult]:
         """One optimizer step; the gradient is scaled down to `clip` where its global norm is larger."""
         record, result = self.backward(batch)
         scale = min(1.0, self.adamw.clip / (result.gradient_norm + 1e-6))

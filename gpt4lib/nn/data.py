@@ -28,7 +28,21 @@ def split(held_out: int = 10) -> tuple[Tensor, Tensor]:
     return tuple(torch.frombuffer(bytearray(b"\n".join(texts)), dtype=torch.uint8) for texts in parts)
 
 
+def read(path: str | Path) -> Tensor:
+    """A file of tokens, mapped into memory, not read: uint16 when it ends in .bin, plain bytes otherwise."""
+    path = Path(path)
+    kind = torch.uint16 if path.suffix == ".bin" else torch.uint8
+    size = path.stat().st_size // kind.itemsize
+    if not size:
+        raise ValueError(f"{path} holds no tokens; give a file of bytes, or of uint16 tokens that ends in .bin")
+    return torch.from_file(str(path), shared=False, size=size, dtype=kind)
+
+
 def windows(data: Tensor, n: int, length: int, generator: torch.Generator) -> Tensor:
     """n random stretches of length + 1 bytes, int64 [n, length + 1]: inputs and, one further, what follows them."""
-    start = torch.randint(len(data) - length, (n, 1), generator=generator)
-    return data[start + torch.arange(length + 1)].long()
+    return at(data, torch.randint(len(data) - length, (n,), generator=generator), length)
+
+
+def at(data: Tensor, starts: Tensor, length: int) -> Tensor:
+    """The stretches of length + 1 tokens that begin at `starts`, int64 [len(starts), length + 1]."""
+    return data[starts[:, None] + torch.arange(length + 1)].long()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from gpt4lib.nn.cache import KVCache
 from gpt4lib.nn.moe import routings
 from gpt4lib.nn.transformer import Transformer
+from gpt4lib.specs.model import ModelSpec
 
 # The first matching fragment of a parameter's name decides its part.
 PART_OF_NAME = (
@@ -39,6 +41,12 @@ def count_flop(model: Transformer, tokens: Tensor, cache: KVCache | None = None)
     with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
         model(tokens, cache)
     return counter.get_total_flops()
+
+
+def forward_flop(spec: ModelSpec, batch: int, tokens: int) -> int:
+    """`count_flop` of a model of this shape and of any size: its tensors are fake, without memory or arithmetic."""
+    with FakeTensorMode():
+        return count_flop(Transformer(spec), torch.empty(batch, tokens, dtype=torch.long))
 
 
 @torch.no_grad()

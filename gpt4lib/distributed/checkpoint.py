@@ -1,0 +1,146 @@
+"""Checkpoints of a training run, by torch.distributed.checkpoint: saved from any layout, loaded into any other.
+
+On disk every parameter is one whole tensor under the model's own name, written in pieces by the ranks that hold them,
+with its fp32 weight and both moments. A step is complete or absent: it is written beside and then renamed.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import planner, planner_helpers
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
+
+from gpt4lib.distributed.data import MOMENTS
+from gpt4lib.distributed.layout import Chunk, Piece, window
+from gpt4lib.distributed.trainer import Trainer
+from gpt4lib.nn.transformer import Transformer
+
+KINDS = ("weight", *MOMENTS)
+COMPLETE = re.compile(r"step-(\d{8})")
+
+
+class _Boxes:
+    """Which boxes of a whole tensor the local one consists of: the part that saving and loading share."""
+    pieces: dict[str, Piece]
+
+    def box(self, index: MetadataIndex) -> Chunk:
+        return next(c for c in self.chunks(index.fqn) if c.offsets == tuple(index.offset))
+
+    def chunks(self, key: str) -> list[Chunk]:
+        return self.pieces[key.partition("/")[2]].chunks()
+
+    def local(self, index: MetadataIndex) -> Tensor:
+        box = self.box(index)
+        return window(self.state_dict[index.fqn], box.local, box.sizes)
+
+
+class _Save(_Boxes, dcp.DefaultSavePlanner):
+    def __init__(self, pieces: dict[str, Piece]) -> None:
+        super().__init__(flatten_state_dict=False)
+        self.pieces = pieces
+
+    def create_local_plan(self) -> planner.SavePlan:
+        items = []
+        for key, tensor in self.state_dict.items():
+            shape = torch.Size(self.pieces[key.partition("/")[2]].shape)
+            for box in self.chunks(key):
+                where = ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes))
+                data = planner.TensorWriteData(where, TensorProperties.create_from_tensor(tensor), shape)
+                items.append(planner.WriteItem(MetadataIndex(key, where.offsets), planner.WriteItemType.SHARD, tensor_data=data))
+        self.plan = planner.SavePlan(items)
+        return self.plan
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        return self.local(index)
+
+
+class _Load(_Boxes, dcp.DefaultLoadPlanner):
+    def __init__(self, pieces: dict[str, Piece]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.pieces = pieces
+
+    def create_local_plan(self) -> planner.LoadPlan:
+        items = []
+        for key in self.state_dict:
+            boxes = [ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.sizes)) for c in self.chunks(key)]
+            items += planner_helpers.create_read_items_for_chunk_list(key, self.metadata.state_dict_metadata[key], boxes)
+        return planner.LoadPlan(items)
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return self.local(index)
+
+
+def latest(folder: str | Path) -> Path | None:
+    """The complete checkpoint of the most steps, None if there is none."""
+    found = [p for p in Path(folder).glob("step-*") if COMPLETE.fullmatch(p.name)] if Path(folder).is_dir() else []
+    return max(found, key=lambda p: p.name, default=None)
+
+
+def steps_of(path: Path) -> int:
+    return int(COMPLETE.fullmatch(path.name)[1])
+
+
+def save(folder: str | Path, trainer: Trainer, keep: int = 2) -> Path:
+    """Write the state after `trainer.steps` steps; collective. All ranks have to see the same `folder`.
+
+    Killed at any moment it leaves the earlier checkpoints as they were. Only the newest `keep` stay.
+    """
+    target = Path(folder) / f"step-{trainer.steps:08d}"
+    partial = target.with_name(target.name + ".partial")
+    state = {f"{kind}/{name}": t.detach() for name, held in trainer.optimizer.state().items() for kind, t in held.items()}
+    if dist.get_rank() == 0:
+        for old in Path(folder).glob("step-*.partial"):             # what a killed save left
+            shutil.rmtree(old)
+    dist.barrier()
+    dcp.save(state, storage_writer=dcp.FileSystemWriter(partial), planner=_Save(trainer.pieces))
+    if dist.get_rank() == 0:
+        if target.exists():
+            shutil.rmtree(target)
+        partial.rename(target)
+        complete = sorted(p for p in Path(folder).glob("step-*") if COMPLETE.fullmatch(p.name))
+        for old in complete[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+    return target
+
+
+def _check(metadata: Metadata, wanted: dict[str, tuple[int, ...]], path: Path) -> None:
+    for key, shape in wanted.items():
+        held = metadata.state_dict_metadata.get(key)
+        if held is None or tuple(held.size) != tuple(shape):
+            raise ValueError(f"{path} holds {'no ' + key if held is None else f'{key} of shape {tuple(held.size)}'}, the model "
+                             f"has shape {tuple(shape)}; resume with the model that was saved, or give another folder")
+
+
+def load(path: str | Path, trainer: Trainer) -> None:
+    """Continue from a complete checkpoint, whatever layout wrote it; collective.
+
+    ValueError, one line, if the model is another one.
+    """
+    path, pieces = Path(path), trainer.pieces
+    reader = dcp.FileSystemReader(path)
+    _check(reader.read_metadata(), {f"{kind}/{name}": p.shape for name, p in pieces.items() for kind in KINDS}, path)
+    wide = torch.promote_types(next(trainer.stages[0].parameters()).dtype, torch.float32)
+    state = {f"{kind}/{name}": torch.zeros(p.local_shape, dtype=wide) for name, p in pieces.items() for kind in KINDS}
+    dcp.load(state, storage_reader=reader, planner=_Load(pieces))
+    trainer.steps = steps_of(path)
+    trainer.optimizer.load({name: {kind: state[f"{kind}/{name}"] for kind in KINDS} for name in pieces}, trainer.steps)
+
+
+def read(path: str | Path, model: Transformer) -> Transformer:
+    """The weights of a checkpoint into a model on one process, which needs no process group."""
+    path = Path(path)
+    state = {f"weight/{name}": p.detach() for name, p in model.named_parameters()}
+    reader = dcp.FileSystemReader(path)
+    _check(reader.read_metadata(), {key: tuple(t.shape) for key, t in state.items()}, path)
+    with warnings.catch_warnings(action="ignore"):                  # that one process is enough is what we want
+        dcp.load(state, storage_reader=reader, no_dist=True)
+    return model

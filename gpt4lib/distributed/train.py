@@ -1,0 +1,181 @@
+"""`torchrun --nproc-per-node 8 -m gpt4lib.distributed.train --tp 2 --pp 2 --dp 2 ...`: train a model on any layout."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from typing import Any, Sequence
+
+import torch
+import torch.distributed as dist
+
+from gpt4lib.cli import Parser
+from gpt4lib.distributed import checkpoint, launch
+from gpt4lib.distributed.data import AdamW
+from gpt4lib.distributed.grid import ProcessGrid
+from gpt4lib.distributed.layout import check
+from gpt4lib.distributed.trainer import StepResult, Trainer
+from gpt4lib.nn import data
+from gpt4lib.profiling import count_wire, forward_flop
+from gpt4lib.specs.hardware import DeviceSpec
+from gpt4lib.specs.model import ModelSpec
+from gpt4lib.specs.workload import RECOMPUTE, SCHEDULES, ParallelPlan
+
+# What is trained when nobody says what: GPT-4's shape as reported, at a size for one core.
+TOY = ModelSpec("toy", n_layers=4, d_model=64, n_heads=4, n_kv_heads=1, d_ff=128, vocab_size=256, context=256, n_experts=4, top_k=2)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+
+def parser() -> Parser:
+    p = Parser(prog="gpt4lib.distributed.train", description="Train a model on any layout of processes; start it with torchrun.",
+               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("model", nargs="?", default="toy", help="a preset, the path of a config.json, or toy")
+    for flag, text in (("tp", "tensor"), ("pp", "pipeline"), ("ep", "expert")):
+        p.add_argument(f"--{flag}", type=int, default=1, help=f"{text} parallel degree")
+    p.add_argument("--dp", type=int, help="data parallel degree; what is left of the processes if not given")
+    p.add_argument("--zero", type=int, default=0, help="0 copies, 1 shards the optimizer, 3 everything (FSDP2)")
+    p.add_argument("--shard", type=int, help="with --zero 3: shard over this many replicas, copy over the rest (hybrid)")
+    p.add_argument("--sequence-parallel", action="store_true", help="split tokens where tensor parallelism copies them")
+    p.add_argument("--schedule", default="1f1b", help=" or ".join(SCHEDULES))
+    p.add_argument("--chunks", type=int, default=1, help="slices of the model a stage owns (interleaved schedule)")
+    p.add_argument("--recompute", default="none", help=", ".join(RECOMPUTE))
+    p.add_argument("--micro-batch", type=int, default=4, help="sequences")
+    p.add_argument("--global-batch", type=int, default=32, help="sequences a step, over all replicas")
+    p.add_argument("--seq-len", type=int, default=64, help="tokens")
+    p.add_argument("--steps", type=int, default=100, help="in all, with those of the checkpoint it resumes from")
+    p.add_argument("--lr", type=float, default=1e-3, help="after --warmup steps, then down to a tenth along a cosine")
+    p.add_argument("--warmup", type=int, default=10, help="steps")
+    p.add_argument("--clip", type=float, default=1.0, help="largest global norm of the gradient")
+    p.add_argument("--balance", type=float, default=0.01, help="weight of the experts' balance loss")
+    p.add_argument("--dtype", default="fp32", help=f"of weights and activations: {', '.join(DTYPES)}; masters are fp32 at least")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--data", help="a file of bytes, or of uint16 tokens (.bin); Python's own documentation and library if not given")
+    p.add_argument("--checkpoint", help="folder to resume from and to save in, seen by all processes")
+    p.add_argument("--save-every", type=int, default=50, help="steps")
+    p.add_argument("--metrics", help="file that gets one JSON line a step")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    p.add_argument("--hardware", help="a device preset (h100-sxm, ...), to report model FLOPs utilisation")
+    p.add_argument("--timeout", type=float, default=600, help="seconds after which a silent process is an error")
+    return p
+
+
+def settle(args: argparse.Namespace, here: launch.Place) -> tuple[ModelSpec, ParallelPlan]:
+    """What to train and how it is laid out; ValueError before any process group starts."""
+    spec = TOY if args.model == "toy" else ModelSpec.load(args.model)
+    if args.dtype not in DTYPES:
+        raise ValueError(f"dtype={args.dtype!r} is not known; accepted: {', '.join(DTYPES)}")
+    for name in ("micro_batch", "seq_len", "steps", "save_every"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} is not accepted; give an integer >= 1")
+    dp = args.dp or max(here.world_size // max(args.tp * args.pp, 1), 1)
+    if args.global_batch < 1 or args.global_batch % (args.micro_batch * dp):
+        raise ValueError(f"global_batch={args.global_batch} is not divisible by micro_batch={args.micro_batch} x dp={dp}; change one")
+    plan = ParallelPlan(tp=args.tp, pp=args.pp, dp=dp, ep=args.ep, zero_stage=args.zero, shard=args.shard, micro_batch=args.micro_batch,
+                        n_micro_batches=args.global_batch // (args.micro_batch * dp), recompute=args.recompute,
+                        sequence_parallel=args.sequence_parallel, schedule=args.schedule, n_chunks=args.chunks)
+    ProcessGrid.of(plan).check(here.world_size, here.per_node)
+    check(spec, plan, args.seq_len)
+    if args.hardware:
+        DeviceSpec.preset(args.hardware).peak_flop_rate(args.dtype)
+    return spec, plan
+
+
+def learning_rate(step: int, args: argparse.Namespace) -> float:
+    """Linear warm-up, then a cosine down to a tenth. Hoffmann et al. 2022, arXiv:2203.15556, section 3.1, use the same."""
+    if step < args.warmup:
+        return args.lr * (step + 1) / args.warmup
+    done = (step - args.warmup) / max(args.steps - args.warmup, 1)
+    return args.lr * (0.55 + 0.45 * math.cos(math.pi * min(done, 1)))
+
+
+class Report:
+    """Rank 0's progress on stderr and its log; silent on the others."""
+
+    def __init__(self, args: argparse.Namespace, spec: ModelSpec, plan: ParallelPlan) -> None:
+        self.args, self.plan, self.speaks = args, plan, dist.get_rank() == 0
+        self.tokens = plan.global_batch * args.seq_len
+        self.flop = 3 * forward_flop(spec, plan.global_batch, args.seq_len) if self.speaks else 0      # backward is twice forward
+        self.peak = plan.n_devices * DeviceSpec.preset(args.hardware).peak_flop_rate(args.dtype) if args.hardware else None
+
+    def __call__(self, step: int, result: StepResult, lr: float, seconds: float, sent: list[dict[str, int]] | None) -> None:
+        if not self.speaks:
+            return
+        record: dict[str, Any] = {"step": step, **result._asdict(), "lr": lr, "seconds": seconds,
+                                  "tokens_per_second": self.tokens / seconds, "flop_per_second": self.flop / seconds,
+                                  "mfu": self.peak and self.flop / seconds / self.peak}
+        if sent:
+            record["sent_bytes_by_rank"] = sent
+        if self.args.metrics:
+            with open(self.args.metrics, "a", encoding="utf8") as file:
+                file.write(json.dumps(record) + "\n")
+        done, last = step / self.args.steps, step == self.args.steps
+        live = sys.stderr.isatty()
+        if live or last or step % max(self.args.steps // 20, 1) == 0:
+            bar = "#" * round(20 * done)
+            mfu = f"  mfu {record['mfu']:.1%}" if self.peak else ""
+            sys.stderr.write(f"{chr(13) if live else ''}[{bar:<20}] step {step}/{self.args.steps}  loss {result.loss:.4f}  "
+                             f"{record['tokens_per_second']:,.0f} tokens/s{mfu}{chr(10) if last or not live else ''}")
+            sys.stderr.flush()
+
+
+def run(args: argparse.Namespace, spec: ModelSpec, plan: ParallelPlan) -> None:
+    """Train in the initialised world."""
+    device = f"cuda:{torch.cuda.current_device()}" if args.device == "cuda" else "cpu"
+    tokens = data.read(args.data) if args.data else data.split()[0]
+    if len(tokens) <= args.seq_len + 1:
+        raise ValueError(f"the data holds {len(tokens)} tokens; give at least seq_len + 2 = {args.seq_len + 2}")
+    trainer = Trainer(spec, plan, args.seq_len, adamw=AdamW(args.lr, clip=args.clip), balance=args.balance if spec.is_moe else 0,
+                      seed=args.seed, dtype=DTYPES[args.dtype], device=device)
+    if args.checkpoint and (found := checkpoint.latest(args.checkpoint)):
+        checkpoint.load(found, trainer)
+    report, first = Report(args, spec, plan), trainer.steps
+    while (step := trainer.steps) < args.steps:
+        start, lr = time.perf_counter(), learning_rate(step, args)
+        # every rank draws where all sequences of this step start, and reads its own
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+        starts = torch.randint(len(tokens) - args.seq_len, (plan.global_batch,), generator=generator)
+        rows = [data.at(tokens, mine.cpu(), args.seq_len).to(device) for mine in trainer.rows(starts)]
+        if (top := max(int(r.max()) for r in rows)) >= spec.vocab_size:
+            raise ValueError(f"the data holds token {top}; {spec.name} has vocab_size={spec.vocab_size}")
+        sent = None
+        if step == first:                                            # counting slows every operator: one step is enough
+            with count_wire() as wire:
+                _, result = trainer.step(rows, lr)
+            sent = [None] * plan.n_devices
+            dist.all_gather_object(sent, wire.sent())
+        else:
+            _, result = trainer.step(rows, lr)
+        if not math.isfinite(result.loss):
+            raise FloatingPointError(f"loss is {result.loss} at step {step + 1}; lower --lr or --clip")
+        report(trainer.steps, result, lr, time.perf_counter() - start, sent)
+        if args.checkpoint and (trainer.steps % args.save_every == 0 or trainer.steps == args.steps):
+            checkpoint.save(args.checkpoint, trainer)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 when trained, 2 on bad input, one line on stderr of rank 0; a failing rank names itself and ends the job."""
+    here = launch.place()
+    try:
+        args = parser().parse_args(argv)
+        spec, plan = settle(args, here)
+        if args.data:
+            data.read(args.data)
+        launch.join_world(args.timeout, args.device)
+        run(args, spec, plan)
+    except (ValueError, OSError) as error:
+        if here.rank == 0 or dist.is_initialized():                      # before, every rank says the same
+            who = f"rank {here.rank}: " if dist.is_initialized() else ""
+            sys.stderr.write(f"gpt4lib.distributed.train: {who}{' '.join(str(error).split())}\n")
+        return 2
+    except Exception as error:
+        sys.stderr.write(f"rank {here.rank} of {here.world_size} failed: {type(error).__name__}: {error}\n")
+        raise
+    dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
