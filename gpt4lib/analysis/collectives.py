@@ -8,6 +8,13 @@ here is then not whole.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+from gpt4lib.analysis.memory import stage_parameters
+from gpt4lib.analysis.parameters import linear, norm, parameters
+from gpt4lib.specs.model import ModelSpec
+from gpt4lib.specs.workload import ParallelPlan
+
 
 def all_gather(size, n):
     """Every rank ends with the whole tensor of `size` bytes, having owned 1/n of it."""
@@ -37,3 +44,107 @@ def tensor_parallel_layer(tokens, d_model, tp, bytes_each=2):
     reduce-scatter and an all-gather, which is the same.
     """
     return 2 * all_reduce(tokens * d_model * bytes_each, tp)
+
+
+class Term(NamedTuple):
+    """Bytes one rank sends in one training step: for which dimension of parallelism, why, and how."""
+    dimension: str                   # tp, pp, ep, dp, or all
+    what: str
+    kind: str                        # all_reduce, all_gather, reduce_scatter, all_to_all, send
+    sent: float
+
+
+def replicated(spec: ModelSpec, plan: ParallelPlan, layer: int) -> int:
+    """Parameters of one layer that tensor-parallel ranks copy while each sees a part of their gradient.
+
+    What stands between the two all-reduces of a block and is not split: router, output biases,
+    per-head norms, the down-projections of latent attention; with sequence parallelism the norms
+    too. Key/value heads that several ranks share come extra.
+    """
+    d, moe, latent = spec.d_model, spec.is_moe_layer(layer), spec.latent
+    count = d * spec.out_bias
+    if latent:
+        count += linear(d, latent.kv_rank + latent.rope_dim, spec.qkv_bias) + latent.kv_rank
+        count += linear(d, latent.q_rank, spec.qkv_bias) + latent.q_rank if latent.q_rank else 0
+    elif spec.qk_norm == "head":
+        count += 2 * spec.head_dim
+    if moe:
+        count += linear(d, spec.n_experts, spec.router_bias) + d * spec.shared_gate
+    count += d * spec.ffn_bias * (spec.d_shared > 0 if moe else 1)
+    return count + plan.sequence_parallel * spec.norms_per_layer * norm(spec, d)
+
+
+def training_step(spec: ModelSpec, plan: ParallelPlan, seq_len: int, stage: int = 0, *, act_bytes=2,
+                  weight_bytes=2, gradient_bytes=4, loss_bytes=4, balance: bool = False) -> list[Term]:
+    """What a rank of a pipeline stage sends in one step, term by term.
+
+    Tensor parallelism: Shoeybi et al. 2019, arXiv:1909.08053, section 3, forward and backward, and
+    again what full recomputation repeats; it stops at the last tensor it needs, so a block's second
+    all-reduce is not run twice. Experts: rows there and back in both passes, evenly routed.
+    Replicas: an all-reduce of the gradients, under ZeRO-1 a reduce-scatter of them and an
+    all-gather of the weights; stage 3 gathers the weights for each pass of a micro-batch (once
+    where a pipeline keeps them) and scatters the gradients once a step, and is exact where first
+    dimensions divide by the shards. `balance` adds the counts of the experts' balance loss.
+    """
+    tp, dp, m, chunks = plan.tp, plan.dp, plan.n_micro_batches, plan.n_chunks
+    layers = plan.layers_of(spec.n_layers, stage)
+    first, last, tokens = stage == 0, stage == plan.pp - 1, plan.micro_batch * seq_len
+    hidden, terms = tokens * spec.d_model * act_bytes, []
+
+    def add(dimension, what, kind, size, n, times=1):
+        ring = {"all_reduce": all_reduce, "all_gather": all_gather, "reduce_scatter": reduce_scatter,
+                "all_to_all": all_to_all, "send": lambda size, _: size}[kind]
+        if n > 1 and size * times:
+            terms.append(Term(dimension, what, kind, times * ring(size, n)))
+
+    full = plan.recompute == "full"
+    again_in, again_out = 2 * full, (2 if spec.norms_per_layer == 4 else 1) * full
+    if plan.sequence_parallel:                   # in: gather forward, scatter backward; out: converse
+        add("tp", "layers", "all_gather", hidden, tp, len(layers) * m * (4 + again_in))
+        add("tp", "layers", "reduce_scatter", hidden, tp, len(layers) * m * (4 + again_out))
+        add("tp", "embedding and head", "all_gather", hidden, tp, m * (first + last))
+        add("tp", "embedding and head", "reduce_scatter", hidden, tp, m * (first + last))
+    else:
+        add("tp", "layers", "all_reduce", hidden, tp, len(layers) * m * (4 + again_out))
+        add("tp", "embedding and head", "all_reduce", hidden, tp, m * (first + last))
+    add("tp", "loss", "all_reduce", tokens * loss_bytes, tp, 3 * m * last)
+    shards = plan.shard or dp if plan.zero_stage == 3 else 1          # what is summed is sharded already
+    ends = plan.sequence_parallel * (first * (norm(spec, spec.d_model) * spec.embedding_norm
+                                              + parameters(spec).by_part["positions"])
+                                     + last * norm(spec, spec.d_model) * spec.final_norm)
+    copied = sum(replicated(spec, plan, layer) for layer in layers) + ends
+    add("tp", "copied weights", "all_reduce", copied * gradient_bytes / shards, tp)
+    if spec.latent is None and spec.n_kv_heads < tp:
+        shared = len(layers) * 2 * linear(spec.d_model, spec.head_dim, spec.qkv_bias)
+        add("tp", "shared key/value heads", "all_reduce", shared * gradient_bytes / shards, tp // spec.n_kv_heads)
+
+    links = (chunks - last) + (chunks - first)                          # activations on, gradients back
+    add("pp", "hidden states", "send", hidden // (tp if plan.sequence_parallel else 1), plan.pp, m * links)
+    count = stage_parameters(spec, plan, stage)
+    if spec.tied and (first or last) and plan.pp > 1:
+        rows = -(-spec.vocab_size // tp) * spec.d_model
+        add("pp", "tied embedding", "all_reduce", rows * gradient_bytes / shards, 2)
+
+    moe = sum(spec.is_moe_layer(i) for i in layers)
+    add("ep", "counts", "all_to_all", spec.n_experts * 8, plan.ep, moe * m * (1 + full))
+    rows = tokens * spec.top_k * spec.d_model * act_bytes
+    add("ep", "rows", "all_to_all", rows, plan.ep, moe * m * (4 + 2 * full))
+    add("dp", "balance loss", "all_reduce", (spec.n_experts + 1) * loss_bytes, dp, balance * moe * m)
+
+    experts = count["experts"]
+    for what, n_parameters, n in (("experts", experts * (plan.ep > 1), dp // plan.ep),
+                                  ("weights", sum(count.values()) - experts * (plan.ep > 1), dp)):
+        if plan.zero_stage == 3:
+            n, copies = plan.shard or n, n // (plan.shard or n)
+            add("dp", what, "all_gather", n_parameters * weight_bytes, n, m * (2 if plan.pp == 1 else 1))
+            add("dp", what, "reduce_scatter", n_parameters * gradient_bytes, n)
+            add("dp", what, "all_reduce", n_parameters * gradient_bytes / n, copies)
+            continue
+        padded = -(-n_parameters // n) * n
+        if plan.zero_stage:
+            add("dp", what, "reduce_scatter", padded * gradient_bytes, n)
+            add("dp", what, "all_gather", padded * weight_bytes, n)
+        else:
+            add("dp", what, "all_reduce", padded * gradient_bytes, n)
+    add("all", "loss and norm", "all_reduce", 3 * 8, plan.n_devices)
+    return terms

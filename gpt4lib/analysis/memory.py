@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from gpt4lib.analysis.elementwise import least
 from gpt4lib.analysis.parameters import linear, parameters
+from gpt4lib.analysis.pipeline import in_flight
 from gpt4lib.specs.hardware import DeviceSpec, dtype_bytes
 from gpt4lib.specs.model import ModelSpec
 from gpt4lib.specs.workload import ParallelPlan
@@ -67,23 +68,21 @@ class MemoryUse:
 def stage_spec(spec: ModelSpec, plan: ParallelPlan, stage: int) -> ModelSpec:
     """What one device of a pipeline stage holds, itself written as a ModelSpec.
 
-    Its layers are a slice of the model's; tensor parallelism leaves it 1/tp of the heads and of
+    Its layers are some of the model's; tensor parallelism leaves it 1/tp of the heads and of
     every feed-forward width, expert parallelism 1/ep of the experts. Key/value heads fewer than tp
     are replicated.
     """
-    layers = plan.layers_per_stage(spec.n_layers)
-    start = sum(layers[:stage])
-    stop, tp = start + layers[stage], plan.tp
+    held, tp = plan.layers_of(spec.n_layers, stage), plan.tp
     moe = spec.moe_layers if spec.moe_layers is None else tuple(
-        i - start for i in spec.moe_layers if start <= i < stop)
+        i for i, layer in enumerate(held) if layer in spec.moe_layers)
     lin, latent = spec.linear, spec.latent
     if lin is not None and "linear" in spec.layer_kinds:
         lin = replace(lin, n_key_heads=lin.n_key_heads // tp, n_value_heads=lin.n_value_heads // tp)
     if latent is not None and latent.indexer is not None and latent.indexer.layers is not None:
-        share = -(-latent.indexer.layers * layers[stage] // spec.n_layers)
+        share = -(-latent.indexer.layers * len(held) // spec.n_layers)
         latent = replace(latent, indexer=replace(latent.indexer, layers=share))
     return replace(
-        spec, n_layers=layers[stage], layer_kinds=spec.layer_kinds[start:stop], moe_layers=moe,
+        spec, n_layers=len(held), layer_kinds=tuple(spec.layer_kinds[i] for i in held), moe_layers=moe,
         n_heads=spec.n_heads // tp, n_kv_heads=max(spec.n_kv_heads // tp, 1), d_ff=spec.d_ff // tp,
         vocab_size=-(-spec.vocab_size // tp), n_experts=spec.n_experts // plan.ep,
         top_k=min(spec.top_k, spec.n_experts // plan.ep), linear=lin, latent=latent,
@@ -115,16 +114,14 @@ def distinct_stages(spec: ModelSpec, plan: ParallelPlan) -> list[int]:
 
     The first and the last are always there, for the embedding and the head.
     """
-    seen, stages, start = set(), [], 0
-    for stage, n in enumerate(plan.layers_per_stage(spec.n_layers)):
-        moe = None if spec.moe_layers is None else tuple(
-            i - start for i in spec.moe_layers if start <= i < start + n)
-        kind = (spec.layer_kinds[start:start + n], moe)
+    seen, stages = set(), []
+    for stage in range(plan.pp):
+        held = plan.layers_of(spec.n_layers, stage)
+        kind = tuple((spec.layer_kinds[i], spec.is_moe_layer(i)) for i in held)
         if stage in (0, plan.pp - 1) or kind not in seen:
             stages.append(stage)
         if stage:
             seen.add(kind)
-        start += n
     return stages
 
 
@@ -134,23 +131,30 @@ def device_parameters(spec: ModelSpec, plan: ParallelPlan) -> int:
     return max(sum(stage_parameters(spec, plan, s).values()) for s in distinct_stages(spec, plan))
 
 
-def _state(count: dict[str, int], plan: ParallelPlan, dtype: str,
-           gradient_dtype: str) -> dict[str, float]:
-    """Bytes of weights, gradients and optimizer for these parameters.
+def _held(count: dict[str, int], plan: ParallelPlan, bytes_each: float, from_stage: int) -> float:
+    """Bytes of something every parameter has, which ZeRO shards from a stage on.
 
     Experts spread over ep ranks have only dp / ep replicas left to shard over.
     """
-    replicas = plan.dp * plan.cp
-    experts = count["experts"]
-    rest = sum(count.values()) - experts
+    apart = count["experts"] if plan.ep > 1 else 0
+    rest = sum(count.values()) - apart
+    if plan.zero_stage < from_stage:
+        return (rest + apart) * bytes_each
+    replicas = plan.shard or plan.dp * plan.cp
+    return (-(-rest // replicas) - (-apart * plan.ep // replicas)) * bytes_each
 
-    def held(bytes_each: float, from_stage: int) -> float:
-        if plan.zero_stage < from_stage:
-            return (rest + experts) * bytes_each
-        return (-(-rest // replicas) - (-experts * plan.ep // replicas)) * bytes_each
 
-    return {"weights": held(dtype_bytes(dtype), 3),
-            "gradients": held(dtype_bytes(gradient_dtype), 2), "optimizer": held(ADAM_BYTES, 1)}
+def optimizer_bytes(count: dict[str, int], plan: ParallelPlan) -> float:
+    """Bytes of Adam's master weights and moments for a device's parameters by part."""
+    return _held(count, plan, ADAM_BYTES, 1)
+
+
+def _state(count: dict[str, int], plan: ParallelPlan, dtype: str,
+           gradient_dtype: str) -> dict[str, float]:
+    """Bytes of weights, gradients and optimizer for these parameters."""
+    return {"weights": _held(count, plan, dtype_bytes(dtype), 3),
+            "gradients": _held(count, plan, dtype_bytes(gradient_dtype), 2),
+            "optimizer": optimizer_bytes(count, plan)}
 
 
 def training_state(spec: ModelSpec, plan: ParallelPlan, dtype: str = "bf16",
@@ -217,19 +221,17 @@ def training(spec: ModelSpec, plan: ParallelPlan, seq_len: int, dtype: str = "bf
              gradient_dtype: str = "bf16") -> MemoryUse:
     """What the fullest device holds while training: state, and activations in flight.
 
-    Under 1F1B stage i of p holds min(p - i, n_micro_batches) micro-batches, the first stage most
-    (Narayanan et al. 2021, arXiv:2104.04473, section 2.2.1). Logits, buffers and the framework's
-    own share are left out.
+    How many micro-batches are in flight on a stage, `pipeline.in_flight` says; the chunks of an
+    interleaved stage count as alike. Logits, buffers and the framework's own share are left out.
     """
     plan.check(spec)
-    uses, layers = [], plan.layers_per_stage(spec.n_layers)
+    uses = []
     for stage in distinct_stages(spec, plan):
         state = _state(stage_parameters(spec, plan, stage), plan, dtype, gradient_dtype)
-        start = sum(layers[:stage])
         kept = sum(layer_activation_bytes(spec, plan, seq_len, layer)
-                   for layer in range(start, start + layers[stage]))
-        in_flight = min(plan.pp - stage, plan.n_micro_batches)
-        uses.append(MemoryUse({**state, "activations": in_flight * kept}))
+                   for layer in plan.layers_of(spec.n_layers, stage))
+        held = in_flight(plan.pp, plan.n_micro_batches, stage, plan.n_chunks, plan.schedule)
+        uses.append(MemoryUse({**state, "activations": held * kept / plan.n_chunks}))
     return max(uses, key=lambda use: use.total)
 
 

@@ -44,7 +44,7 @@ class Segment(NamedTuple):
 class Flat:
     """Parameters as one vector of weights and one of gradients, in buckets that are reduced as soon as they are complete.
 
-    The vector is padded to n equal shards. With `zero`, a rank keeps the optimizer's state of its shard only: 1/n of
+    The vectors are padded to n equal shards. With `zero`, a rank keeps the optimizer's state of its shard only: 1/n of
     every bucket. A gradient is added to the vector in `gradient_dtype` after each backward pass of a micro-batch; when
     all `n_micro` are in, the bucket starts its all-reduce, or reduce-scatter, while the backward pass goes on.
     """
@@ -57,7 +57,7 @@ class Flat:
         for name, p in reversed(named):                        # gradients arrive from the last layer to the first
             self.segments.append(Segment(name, p, length, length + p.numel()))
             length += p.numel()
-        like = named[0][1]
+        self.length, like = length, named[0][1]
         padded = -(-length // self.n) * self.n
         self.weights = like.new_zeros(padded)
         self.gradients = torch.zeros(padded, dtype=gradient_dtype, device=like.device)
@@ -78,7 +78,7 @@ class Flat:
     def _mine(self) -> list[tuple[int, int]]:
         """Where the rank's parts lie in the vector."""
         if not self.zero:
-            return [(0, len(self.weights))]
+            return [(0, self.length)]
         return [(a + (b - a) // self.n * self.rank, a + (b - a) // self.n * (self.rank + 1)) for a, b in self.buckets]
 
     def restart(self) -> None:

@@ -18,6 +18,9 @@ class Action(NamedTuple):
     micro: int
     chunk: int = 0
 
+    def __str__(self) -> str:
+        return f"{self.kind}{self.micro}" + (f" of chunk {self.chunk}" if self.chunk else "")
+
 
 class Span(NamedTuple):
     """An action with its place and time. In a simulation time is in slots, in a recording in seconds."""
@@ -127,8 +130,7 @@ class Schedule:
                     spans.append(Span(stage, action, start, clock[stage]))
                     moved = True
             if not moved:
-                stage = next(s for s, left in enumerate(todo) if left)
-                raise ValueError(f"deadlock: stage {stage} waits at {todo[stage][-1]} for {self.needs(stage, todo[stage][-1])}")
+                raise ValueError("deadlock: " + ", ".join(f"stage {s} waits at {left[-1]}" for s, left in enumerate(todo) if left))
         return spans
 
     def idle(self, stage: int, forward: float = 1, backward: float = 2) -> float:

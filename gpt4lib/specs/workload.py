@@ -106,7 +106,15 @@ class ParallelPlan:
         whole, extra = divmod(n_layers, n)
         return tuple(whole + (i < extra) for i in range(n))
 
+    def layers_of(self, n_layers: int, stage: int) -> tuple[int, ...]:
+        """The layers a pipeline stage holds, all its chunks together, in the order of the model."""
+        sizes, start, held = self.layers_per_chunk(n_layers), 0, []
+        for i, size in enumerate(sizes):
+            if i % self.pp == stage:
+                held += range(start, start + size)
+            start += size
+        return tuple(held)
+
     def layers_per_stage(self, n_layers: int) -> tuple[int, ...]:
-        """Layers of each pipeline stage, all its chunks together."""
-        chunks = self.layers_per_chunk(n_layers)
-        return tuple(sum(chunks[stage::self.pp]) for stage in range(self.pp))
+        """How many layers each pipeline stage holds."""
+        return tuple(len(self.layers_of(n_layers, stage)) for stage in range(self.pp))
