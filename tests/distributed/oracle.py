@@ -62,14 +62,14 @@ def alone(spec: ModelSpec, batches: list[Tensor], n_micro: int, balance: float =
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), adamw.clip).item())
         optimizer.step()
         losses.append(loss.item())
-        balances.append(float(extra))
+        balances.append(torch.as_tensor(extra).item())
     return Run(losses, balances, norms, gradients, {name: p.detach() for name, p in model.named_parameters()})
 
 
 def gradients(trainer: Trainer) -> Named:
     """This rank's pieces of the reduced gradients, whole over replicas; collective over data-parallel ranks."""
     if trainer.plan.zero_stage == 3:
-        return {name: p.grad.full_tensor() for name, p in trainer.optimizer.named}
+        return {name: p.grad.full_tensor().clone() for name, p in trainer.optimizer.named}
     return {name: vector[start:stop].view_as(p).clone() for flat in trainer.optimizer.flats
             for vector in [flat.whole(flat.master.grad)] for name, p, start, stop in flat.segments}
 
