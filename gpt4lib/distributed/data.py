@@ -237,7 +237,7 @@ class FullySharded:
 
     def __init__(self, stages: list[Stage], pieces: dict[str, Piece], plan: ParallelPlan, groups: Groups, adamw: AdamW = AdamW(),
                  dtype: torch.dtype = torch.float32) -> None:
-        self.stages, self.pieces, self.adamw, self.groups = stages, pieces, adamw, groups
+        self.stages, self.pieces, self.adamw, self.groups, self.ep = stages, pieces, adamw, groups, plan.ep
         mesh = groups.mesh["outer", "inner"] if plan.shard else groups.mesh["outer", "inner"]._flatten("dp")
         wide = torch.promote_types(dtype, torch.float32)
         policy = dict(mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=wide), reshard_after_forward=plan.pp == 1)
@@ -245,7 +245,6 @@ class FullySharded:
             for layer in stage.layers.values():
                 if plan.ep > 1 and layer.moe is not None:
                     fully_shard(layer.moe.experts, mesh=groups.mesh["outer"], **policy)
-                    layer.moe.experts.set_gradient_divide_factor(float(plan.dp))
                 fully_shard(layer, mesh=mesh, **policy)
             fully_shard(stage, mesh=mesh, **policy)
         self.named = [pair for stage in stages for pair in stage.named_parameters()]
@@ -257,6 +256,9 @@ class FullySharded:
         stage.set_is_last_backward(last)
 
     def reduce(self) -> Tensor:
+        for name, p in self.named:
+            if ".experts." in name:          # their mean is over dp / ep replicas, the others' over dp (a divide factor of
+                p.grad.div_(self.ep)         # FSDP's own needs NCCL, and counts twice for one replica in fp64)
         sum_partial([(self.pieces[name], p.grad.to_local().flatten()) for name, p in self.named], self.groups)
         mine = []
         for name, p in self.named:

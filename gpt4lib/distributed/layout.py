@@ -128,7 +128,7 @@ class Stage(nn.Module):
             for module in (attention, layer.ffn or layer.moe):
                 region(module, self.groups.tp, self.plan.sequence_parallel)
             for name, module in layer.named_modules():
-                if name.endswith((".out", ".down")) and getattr(module, "bias", None) is not None:
+                if name.endswith(("attention.out", "ffn.down", "shared.down")) and module.bias is not None:
                     module.__class__, module.terms = PartialLinear, tp
         if self.plan.ep > 1 and layer.moe is not None:
             layer.moe.experts.__class__, layer.moe.experts.group = ParallelExperts, self.groups.inner

@@ -1,0 +1,147 @@
+"""What parallel training has to equal: one process, PyTorch's own clipping and AdamW, no code of gpt4lib.distributed."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from gpt4lib.distributed.data import AdamW
+from gpt4lib.distributed.layout import Piece, window
+from gpt4lib.distributed.trainer import Trainer
+from gpt4lib.nn.moe import balance_loss, routings
+from gpt4lib.nn.transformer import Transformer
+from gpt4lib.specs import ModelSpec
+from gpt4lib.specs.workload import ParallelPlan
+
+SEQ = 8
+ADAMW = AdamW(lr=1e-2, clip=0.5)                     # clips in some of the first steps and not in others
+DENSE = ModelSpec("dense", n_layers=4, d_model=16, n_heads=4, n_kv_heads=2, d_ff=24, vocab_size=37, context=16)
+MIXED = DENSE.with_(name="mixed", n_experts=4, top_k=2, d_expert=8, moe_layers=(1, 2, 3))
+Named = dict[str, Tensor]
+
+
+class Run(NamedTuple):
+    """What is compared; a rank's has pieces, and tensors of its pieces only."""
+    losses: list[float]
+    balances: list[float]
+    norms: list[float]
+    gradients: Named                                 # of the last step, before clipping
+    weights: Named                                   # after the last step
+    pieces: dict[str, Piece] = {}
+    at: dict[str, int] = {}
+
+
+def data(spec: ModelSpec, rows: int, steps: int, seq: int = SEQ) -> list[Tensor]:
+    g = torch.Generator().manual_seed(3)
+    return [torch.randint(spec.vocab_size, (rows, seq + 1), generator=g) for _ in range(steps)]
+
+
+def alone(spec: ModelSpec, batches: list[Tensor], n_micro: int, balance: float = 0.01, dtype: torch.dtype = torch.float64,
+          model: Transformer | None = None, adamw: AdamW = ADAMW) -> Run:
+    """The oracle."""
+    model = model or Transformer(spec).to(dtype)
+    alike = [[p for p in model.parameters() if (p.dim() > 1) is matrix] for matrix in (True, False)]
+    optimizer = torch.optim.AdamW([dict(params=alike[0], weight_decay=adamw.decay), dict(params=alike[1], weight_decay=0)],
+                                  adamw.lr, adamw.betas, adamw.eps)
+    losses, balances, norms = [], [], []
+    for batch in batches:
+        optimizer.zero_grad()
+        loss = extra = 0
+        for micro in batch.chunk(n_micro):
+            with routings(model) as seen:
+                logits = model(micro[:, :-1])
+            loss += F.cross_entropy(logits.flatten(0, 1), micro[:, 1:].flatten()) / n_micro
+            extra += sum(map(balance_loss, seen)) / max(len(seen), 1) / n_micro
+        (loss + balance * extra).backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), adamw.clip).item())
+        optimizer.step()
+        losses.append(loss.item())
+        balances.append(torch.as_tensor(extra).item())
+    return Run(losses, balances, norms, gradients, {name: p.detach() for name, p in model.named_parameters()})
+
+
+def gradients(trainer: Trainer) -> Named:
+    """This rank's pieces of the reduced gradients, whole over replicas; collective over data-parallel ranks."""
+    if trainer.plan.zero_stage == 3:
+        return {name: p.grad.full_tensor().clone() for name, p in trainer.optimizer.named}
+    return {name: vector[start:stop].view_as(p).clone() for flat in trainer.optimizer.flats
+            for vector in [flat.whole(flat.master.grad)] for name, p, start, stop in flat.segments}
+
+
+def weights(trainer: Trainer) -> Named:
+    return {name: kinds["weight"].clone() for name, kinds in trainer.optimizer.state().items()}
+
+
+def trainer(spec: ModelSpec, plan: ParallelPlan, **options) -> Trainer:
+    return Trainer(spec, plan, SEQ, **{"adamw": ADAMW, "balance": 0.01, "dtype": torch.float64, "bucket_bytes": 4000, **options})
+
+
+def on_a_rank(spec: ModelSpec, plan: ParallelPlan, steps: int = 5, **options) -> Run:
+    """`steps` steps of a trainer on the batches the oracle sees."""
+    it, results = trainer(spec, plan, **options), []
+    for batch in data(spec, plan.global_batch, steps):
+        _, result = it.backward(batch)
+        results.append(result)
+        grads = gradients(it)
+        it.optimizer.step(min(1.0, it.adamw.clip / (result.gradient_norm + 1e-6)), it.adamw.lr)
+    return Run(*map(list, zip(*results)), grads, weights(it), it.pieces, it.groups.at)
+
+
+def several(cases: dict[str, tuple]) -> dict[str, Run]:
+    """All cases of one world size in one launch; an error says which case."""
+    runs = {}
+    for name, (spec, plan) in cases.items():
+        try:
+            runs[name] = on_a_rank(spec, plan)
+        except Exception as error:
+            error.add_note(f"in the case {name!r}")
+            raise
+    return runs
+
+
+def compare(ranks: list[Run], expected: Run, *, atol: float, rtol: float = 0) -> None:
+    """Losses and norms of every rank, and each of its pieces of every gradient and weight, are the oracle's."""
+    close = dict(rtol=rtol, atol=atol)
+    for run in ranks:
+        for numbers in ("losses", "balances", "norms"):
+            torch.testing.assert_close(getattr(run, numbers), getattr(expected, numbers), **close, msg=lambda m: f"{numbers}: {m}")
+        for what in ("gradients", "weights"):
+            for name, mine in getattr(run, what).items():
+                full = getattr(expected, what)[name].to(mine.dtype)
+                torch.testing.assert_close(mine, run.pieces[name].take(full), **close, msg=lambda m: f"{what} of {name}: {m}")
+
+
+def replicas_agree(ranks: list[Run]) -> int:
+    """Ranks with the same piece of a parameter hold the same bits; the number of pairs compared."""
+    first: dict[tuple, Tensor] = {}
+    compared = 0
+    for run in ranks:
+        for name, mine in run.weights.items():
+            kept = first.setdefault((name, run.pieces[name].cuts), mine)
+            assert torch.equal(kept, mine), f"{name} differs between ranks"
+            compared += kept is not mine
+    return compared
+
+
+def covered(ranks: list[Run], shapes: Named) -> None:
+    """The pieces of one replica's ranks hold every element of every parameter, and owners hold it exactly once."""
+    held, owned = ({name: torch.zeros(p.shape, dtype=torch.long) for name, p in shapes.items()} for _ in range(2))
+    for run in ranks:
+        assert set(run.weights) == set(run.gradients) == set(run.pieces)
+        first = {cut.index for p in run.pieces.values() for cut in p.cuts}          # noqa: F841
+        for name, p in run.pieces.items():
+            for box in p.chunks():
+                window(held[name], box.offsets, box.sizes).add_(1)
+                if p.owned:
+                    window(owned[name], box.offsets, box.sizes).add_(1)
+    assert all((h > 0).all() for h in held.values())
+    replicas = 1 + max(run.at["dp"] for run in ranks)
+    spread = 1 + max(run.at["inner"] for run in ranks)
+    for name, count in owned.items():
+        assert set(count.unique().tolist()) <= {replicas, replicas // spread}, name
