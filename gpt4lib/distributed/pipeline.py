@@ -50,10 +50,10 @@ class Pipeline:
             shape[1] //= self.plan.tp
         self.hidden = (*shape, self.spec.d_model)
         for action in self.schedule.order(self.rank):
-            start = time.perf_counter()
+            self.start = time.perf_counter()
             (self._forward if action.kind == "F" else self._backward)(action)
             self.record.in_flight = max(self.record.in_flight, len(self.saved))
-            self.record.spans.append(Span(self.rank, action, start, time.perf_counter()))
+            self.record.spans.append(Span(self.rank, action, self.start, time.perf_counter()))
         for work, _ in self.sends:                       # until here the buffers have to live
             work.wait()
         return self.record
@@ -97,6 +97,7 @@ class Pipeline:
         stage = (self.rank + (-1 if kind == "F" else 1)) % self.plan.pp
         x = torch.empty(self.hidden, device=self.device, dtype=self.dtype)
         dist.recv(x, self._global(stage), group=self.groups.edges[kind, stage])
+        self.start = time.perf_counter()                 # waiting is not work
         return x
 
     def _global(self, stage: int) -> int:

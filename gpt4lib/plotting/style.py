@@ -31,6 +31,7 @@ COLORS = {
     "failure": "#db4858",
 }
 ATTENTION, EXPERTS = COLORS["weights"], "#5a90ee"   # two shades of weights, never of anything else
+PASSES = {"F": ("#a9924a", "#9b9176"), "B": ("#795f09", "#6e664a")}    # tones of compute; even and odd chunks
 GREY = "#797b80"        # text and axes: 4.2:1 on white, 4.4:1 on #121212; 4.33 is the best for both
 WIDTH = 5.2             # inches: 500 CSS px, so text of 12 pt is 16 px there and 11 px at 350 px
 TEXT = 12.0             # points; the smallest text any figure may use

@@ -7,12 +7,16 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # torch's operator -> our name, and which of its arguments is the tensor of full size
 COLLECTIVES = {"allreduce_": ("all_reduce", 0), "_reduce_scatter_base_": ("reduce_scatter", 1),
                "_allgather_base_": ("all_gather", 0), "allgather_": ("all_gather", 0),
                "alltoall_base_": ("all_to_all", 1), "send": ("send", 0), "broadcast_": ("broadcast", 0)}
+# the same collectives as DTensor and the functional API ask for them; the argument is the tensor put in
+FUNCTIONAL = {"all_reduce": "all_reduce", "all_reduce_": "all_reduce", "reduce_scatter_tensor": "reduce_scatter",
+              "all_gather_into_tensor": "all_gather", "all_to_all_single": "all_to_all"}
 
 
 class Call(NamedTuple):
@@ -21,6 +25,10 @@ class Call(NamedTuple):
     size: int
     ranks: tuple[int, ...]
     sent: int
+
+
+def name_of(func) -> str:
+    return func._schema.name.split("::")[1]
 
 
 def _bytes(x: Any) -> int:
@@ -44,23 +52,36 @@ class count_wire(TorchDispatchMode):
         self.calls: list[Call] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "c10d" and (name := func._schema.name.split("::")[1]) in COLLECTIVES:
-            kind, which = COLLECTIVES[name]
+        if any(issubclass(t, DTensor) for t in types):
+            return NotImplemented                              # DTensor first: the collectives it starts come back here
+        if func.namespace == "c10d" and name_of(func) in COLLECTIVES:
+            kind, which = COLLECTIVES[name_of(func)]
             group = next(g for a in args if isinstance(a, torch.ScriptObject)
                          and isinstance(g := dist.ProcessGroup.unbox(a), dist.ProcessGroup))
             self._note(kind, args[which], group, args)
+        elif func.namespace == "_c10d_functional" and name_of(func) in FUNCTIONAL:
+            group = args[-1] if isinstance(args[-1], dist.ProcessGroup) else dist.distributed_c10d._resolve_process_group(args[-1])
+            self._functional(FUNCTIONAL[name_of(func)], args, group)
         return func(*args, **(kwargs or {}))
 
     def _note(self, kind: str, tensor: Any, group: dist.ProcessGroup, args: tuple) -> None:
-        n, size = group.size(), _bytes(tensor)
+        self._add(kind, _bytes(tensor), tensor, group, args[2:])
+
+    def _functional(self, kind: str, args: tuple, group: dist.ProcessGroup) -> None:
+        size = _bytes(args[0]) * (group.size() if kind == "all_gather" else 1)
+        self._add(kind, size, args[0], group, (None, None, args[2] if kind == "all_to_all" else None))
+
+    def _add(self, kind: str, size: int, tensor: Any, group: dist.ProcessGroup, rest: tuple) -> None:
+        """`rest`: what follows the tensors in torch's operator: the root of a broadcast, the splits of an all-to-all."""
+        n = group.size()
         turns = {"all_reduce": 2, "reduce_scatter": 1, "all_gather": 1}.get(kind, 0)
         sent = turns * (n - 1) * -(-size // n)
         if kind == "send":
             sent = size
         elif kind == "broadcast":
-            sent = size if group.rank() == args[2] else 0
+            sent = size if group.rank() == rest[0] else 0
         elif kind == "all_to_all":
-            splits = args[4] or [len(tensor) // n] * n
+            splits = rest[2] or [len(tensor) // n] * n
             sent = size - splits[group.rank()] * (size // max(len(tensor), 1))
         self.calls.append(Call(kind, size, tuple(dist.get_process_group_ranks(group)), sent))
 
