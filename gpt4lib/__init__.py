@@ -14,7 +14,8 @@ _HOMES = {
     "parameters": "analysis.parameters", "ParameterCount": "analysis.parameters",
 }
 _MODULES = {"flops": "analysis.flops", "memory": "analysis.memory", "roofline": "analysis.roofline",
-            "inference": "analysis.inference", "scaling_laws": "analysis.scaling_laws", "recorded": "recorded",
+            "inference": "analysis.inference", "collectives": "analysis.collectives", "pipeline": "analysis.pipeline",
+            "scaling_laws": "analysis.scaling_laws", "recorded": "recorded",
             "ledger": "ledger", "plotting": "plotting"}
 __all__ = [*_HOMES, *_MODULES]
 
