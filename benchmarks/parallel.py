@@ -191,7 +191,7 @@ def data(device: str, zero: bool = False) -> dict:
     peer = DistributedDataParallel(model, gradient_as_bucket_view=True)
     by = [{"params": [p for p in model.parameters() if (p.dim() > 1) is matrix], "weight_decay": adamw.decay * matrix}
           for matrix in (True, False)]
-    kind = dict(lr=adamw.lr, betas=adamw.betas, eps=adamw.eps)
+    kind = dict(lr=adamw.lr, betas=adamw.betas, eps=adamw.eps, fused=True)
     optimizer = (ZeroRedundancyOptimizer(by, torch.optim.AdamW, **kind) if zero else torch.optim.AdamW(by, **kind))
     torch.manual_seed(0)
     rows = torch.randint(spec.vocab_size, (plan.global_batch, tokens + 1), device=device)
@@ -246,7 +246,7 @@ def expert(device: str) -> dict:
     """Expert parallelism of one mixture layer's experts."""
     spec, tokens, _ = sizes(device)
     n, rank, result = dist.get_world_size(), dist.get_rank(), {}
-    few = spec.with_(n_experts=8, top_k=2, d_expert=spec.d_model, moe_every=1)
+    few = spec.with_(n_experts=8, top_k=2, d_expert=spec.d_model)
     torch.manual_seed(0)
     whole = Experts(few)
     layers = [ParallelExperts(few), PlainExperts(few)]
