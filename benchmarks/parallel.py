@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 4 benchmarks/parallel.py --device cuda    on a machine with 4 GPUs, results/parallel_cuda.json
 
 With more processes than cores the seconds say nothing about scaling: only the ratio of two programs at the same layout does.
-Seconds of the CPU, summed over ranks, are recorded too: they hardly depend on who else uses the machine. `--case data,zero`
+Seconds of the CPU, summed over ranks, are recorded too: they hardly depend on who else uses the machine. `--case data,zero --processes 2`
 measures these again and keeps the other rows of the same machine and day.
 """
 
@@ -307,6 +307,7 @@ CASES = (tensor_mlp, tensor_transformer, pipeline, data, zero, expert)
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--processes", default="2,4", help="on a CPU; torchrun decides on CUDA")
     parser.add_argument("--case", default=",".join(c.__name__ for c in CASES) + ",timeline")
     arguments = parser.parse_args()
     device, wanted, world = arguments.device, arguments.case.split(","), place().world_size
@@ -314,16 +315,18 @@ def main() -> int:
         torch.set_float32_matmul_precision("high")
         join_world(device=device)
     rows, recorded = earlier(device)
-    for n in [world] if device == "cuda" else [2, 4]:
+    for n in [world] if device == "cuda" else map(int, arguments.processes.split(",")):
         for case in (c for c in CASES if c.__name__ in wanted):
             row = case(device) if device == "cuda" else launch(n, case, device, timeout_seconds=600)[0]
             rows[case.__name__, n] = {"case": case.__name__, "processes": n, "peer": list(row["seconds"])[1],
                                       "load": os.getloadavg()[0], **row}
             print(f"{n} {case.__name__:20}" + "  ".join(f"{w} {s['median'] * 1e3:.1f} ms" for w, s in row["seconds"].items()) +
                   f"  ratio {row['times_faster']['median']:.3f}, of CPU {row['times_less_cpu']['median']:.3f}", flush=True)
+            save(device, rows, recorded)
         if n == 2 and "timeline" in wanted:
-            recorded = {"load": os.getloadavg()[0]} | median_step(timeline(device) if device == "cuda" else launch(2, timeline, device, timeout_seconds=600)[0])
-        save(device, rows, recorded)
+            steps = timeline(device) if device == "cuda" else launch(2, timeline, device, timeout_seconds=600)[0]
+            recorded = {"load": os.getloadavg()[0], **median_step(steps)}
+            save(device, rows, recorded)
     return 0
 
 
@@ -344,7 +347,7 @@ def save(device: str, rows: dict, recorded: dict | None) -> None:
                  "backend": "nccl" if device == "cuda" else "gloo"}
         note = (f"each process has one thread; with {os.cpu_count()} cores seconds at 2 and at 4 processes cannot be compared, "
                 f"only the two programs of one row can")
-        print(f"wrote {runner.write('parallel_' + device, {'shape': shape, 'note': note, 'rows': list(rows.values()), 'timeline': recorded})}")
+        runner.write("parallel_" + device, {"shape": shape, "note": note, "rows": list(rows.values()), "timeline": recorded})
 
 
 if __name__ == "__main__":
