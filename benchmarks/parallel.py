@@ -226,7 +226,8 @@ def data(device: str, zero: bool = False) -> dict:
             assert (mine[name] - p).abs().max() < 2.2 * 2 * adamw.lr, name     # two steps, each at most lr where a sign is noise
         assert sum((mine[n] - p).abs().sum() for n, p in model.named_parameters()) < 1e-6 * sum(p.numel() for p in model.parameters())
     out = compare(lambda: ours.step(rows), step, "ZeroRedundancyOptimizer" if zero else "DistributedDataParallel", alike)
-    bytes_held = {"gpt4lib": {"state": held(ours.optimizer.optimizer), "fp32 copy": sum(f.master.nbytes for f in ours.optimizer.flats)},
+    bytes_held = {"gpt4lib": {"state": held(ours.optimizer.optimizer), "fp32 copy": sum(
+                      f.master.nbytes for f in ours.optimizer.flats if f.master.data_ptr() != f.weights.data_ptr())},
                   "peer": {"state": held(optimizer.optim if zero else optimizer), "fp32 copy": 0}}
     return {**out, "parameters": sum(p.numel() for p in model.parameters()), "optimizer_bytes_held": bytes_held}
 
