@@ -4,13 +4,17 @@
     torchrun --nproc-per-node 4 benchmarks/parallel.py --device cuda    on a machine with 4 GPUs, results/parallel_cuda.json
 
 With more processes than cores the seconds say nothing about scaling: only the ratio of two programs at the same layout does.
+Seconds of the CPU, summed over ranks, are recorded too: they hardly depend on who else uses the machine. `--case data,zero --processes 2`
+measures these again and keeps the other rows of the same machine and day.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
+import time
 
 import runner
 import torch
@@ -36,7 +40,7 @@ from gpt4lib.specs.workload import ParallelPlan
 
 SPEC = ModelSpec(name="benchmark", n_layers=4, d_model=512, n_heads=8, head_dim=64, d_ff=2048, vocab_size=1024, context=256)
 GPU_SPEC = SPEC.with_(n_layers=8, d_model=4096, n_heads=32, head_dim=128, d_ff=16384, vocab_size=32768, context=2048)
-RUNS = 15
+RUNS, WARM_UP = 9, 2
 
 
 def sizes(device: str) -> tuple[ModelSpec, int, int]:
@@ -54,17 +58,25 @@ def compare(ours, peer, name: str, alike) -> dict:
         sent[who] = wire.sent()
     alike()
 
-    def together(call):
+    cpu: dict[str, list[float]] = {who: [] for who in calls}
+
+    def together(who, call):
         def run() -> None:
+            start = time.process_time()
             call()
+            cpu[who].append(time.process_time() - start)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             dist.barrier()                                      # the slowest rank is the step
         return run
-    times = runner.interleaved({who: together(call) for who, call in calls.items()}, runs=RUNS, warm_up=2)
+    times = runner.interleaved({who: together(who, call) for who, call in calls.items()}, runs=RUNS, warm_up=WARM_UP)
     every = [None] * dist.get_world_size()
-    dist.all_gather_object(every, sent)
-    return {"bytes_sent_by_rank": {who: [s[who] for s in every] for who in calls}, **runner.summary(times, "gpt4lib", name)}
+    dist.all_gather_object(every, (sent, cpu))
+    out = runner.summary(times, "gpt4lib", name)
+    spent = {who: [sum(rank[who][i] for _, rank in every) for i in range(WARM_UP, WARM_UP + RUNS)] for who in calls}
+    cpu_out = runner.summary(spent, "gpt4lib", name)
+    return {**out, "cpu_seconds_of_all_ranks": cpu_out["seconds"], "times_less_cpu": cpu_out["times_faster"],
+            "bytes_sent_by_rank": {who: [s[who] for s, _ in every] for who in calls}}
 
 
 def close(ours: torch.Tensor, peer: torch.Tensor) -> None:
@@ -191,7 +203,7 @@ def data(device: str, zero: bool = False) -> dict:
     peer = DistributedDataParallel(model, gradient_as_bucket_view=True)
     by = [{"params": [p for p in model.parameters() if (p.dim() > 1) is matrix], "weight_decay": adamw.decay * matrix}
           for matrix in (True, False)]
-    kind = dict(lr=adamw.lr, betas=adamw.betas, eps=adamw.eps)
+    kind = dict(lr=adamw.lr, betas=adamw.betas, eps=adamw.eps, fused=True)
     optimizer = (ZeroRedundancyOptimizer(by, torch.optim.AdamW, **kind) if zero else torch.optim.AdamW(by, **kind))
     torch.manual_seed(0)
     rows = torch.randint(spec.vocab_size, (plan.global_batch, tokens + 1), device=device)
@@ -214,7 +226,8 @@ def data(device: str, zero: bool = False) -> dict:
             assert (mine[name] - p).abs().max() < 2.2 * 2 * adamw.lr, name     # two steps, each at most lr where a sign is noise
         assert sum((mine[n] - p).abs().sum() for n, p in model.named_parameters()) < 1e-6 * sum(p.numel() for p in model.parameters())
     out = compare(lambda: ours.step(rows), step, "ZeroRedundancyOptimizer" if zero else "DistributedDataParallel", alike)
-    bytes_held = {"gpt4lib": {"state": held(ours.optimizer.optimizer), "fp32 copy": sum(f.master.nbytes for f in ours.optimizer.flats)},
+    bytes_held = {"gpt4lib": {"state": held(ours.optimizer.optimizer), "fp32 copy": sum(
+                      f.master.nbytes for f in ours.optimizer.flats if f.master.data_ptr() != f.weights.data_ptr())},
                   "peer": {"state": held(optimizer.optim if zero else optimizer), "fp32 copy": 0}}
     return {**out, "parameters": sum(p.numel() for p in model.parameters()), "optimizer_bytes_held": bytes_held}
 
@@ -246,7 +259,7 @@ def expert(device: str) -> dict:
     """Expert parallelism of one mixture layer's experts."""
     spec, tokens, _ = sizes(device)
     n, rank, result = dist.get_world_size(), dist.get_rank(), {}
-    few = spec.with_(n_experts=8, top_k=2, d_expert=spec.d_model, moe_every=1)
+    few = spec.with_(n_experts=8, top_k=2, d_expert=spec.d_model)
     torch.manual_seed(0)
     whole = Experts(few)
     layers = [ParallelExperts(few), PlainExperts(few)]
@@ -295,21 +308,39 @@ CASES = (tensor_mlp, tensor_transformer, pipeline, data, zero, expert)
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--processes", default="2,4", help="on a CPU; torchrun decides on CUDA")
     parser.add_argument("--case", default=",".join(c.__name__ for c in CASES) + ",timeline")
     arguments = parser.parse_args()
     device, wanted, world = arguments.device, arguments.case.split(","), place().world_size
     if device == "cuda":
         torch.set_float32_matmul_precision("high")
         join_world(device=device)
-    rows, recorded = [], None
-    for n in [world] if device == "cuda" else [2, 4]:
+    rows, recorded = earlier(device)
+    for n in [world] if device == "cuda" else map(int, arguments.processes.split(",")):
         for case in (c for c in CASES if c.__name__ in wanted):
             row = case(device) if device == "cuda" else launch(n, case, device, timeout_seconds=600)[0]
-            rows.append({"case": case.__name__, "processes": n, "peer": list(row["seconds"])[1], **row})
+            rows[case.__name__, n] = {"case": case.__name__, "processes": n, "peer": list(row["seconds"])[1],
+                                      "load": os.getloadavg()[0], **row}
             print(f"{n} {case.__name__:20}" + "  ".join(f"{w} {s['median'] * 1e3:.1f} ms" for w, s in row["seconds"].items()) +
-                  f"  ratio {row['times_faster']['median']:.3f}  {[b[0] for b in row['bytes_sent_by_rank'].values()]}", flush=True)
+                  f"  ratio {row['times_faster']['median']:.3f}, of CPU {row['times_less_cpu']['median']:.3f}", flush=True)
+            save(device, rows, recorded)
         if n == 2 and "timeline" in wanted:
-            recorded = median_step(timeline(device) if device == "cuda" else launch(2, timeline, device, timeout_seconds=600)[0])
+            steps = timeline(device) if device == "cuda" else launch(2, timeline, device, timeout_seconds=600)[0]
+            recorded = {"load": os.getloadavg()[0], **median_step(steps)}
+            save(device, rows, recorded)
+    return 0
+
+
+def earlier(device: str) -> tuple[dict, dict | None]:
+    """What was recorded before on this machine today: (case, processes) -> row, and the timeline."""
+    path = runner.RESULTS / f"parallel_{device}.json"
+    old, here = json.loads(path.read_text()) if path.exists() else {}, runner.machine()
+    if any(old.get("machine", {}).get(k) != here[k] for k in ("cpu", "date", "packages")):
+        return {}, None
+    return {(row["case"], row["processes"]): row for row in old["rows"]}, old["timeline"]
+
+
+def save(device: str, rows: dict, recorded: dict | None) -> None:
     if place().rank == 0:
         spec, tokens, batch = sizes(device)
         shape = {"d_model": spec.d_model, "n_layers": spec.n_layers, "d_ff": spec.d_ff, "seq_len": tokens, "micro_batch": batch,
@@ -317,8 +348,7 @@ def main() -> int:
                  "backend": "nccl" if device == "cuda" else "gloo"}
         note = (f"each process has one thread; with {os.cpu_count()} cores seconds at 2 and at 4 processes cannot be compared, "
                 f"only the two programs of one row can")
-        print(f"wrote {runner.write('parallel_' + device, {'shape': shape, 'note': note, 'rows': rows, 'timeline': recorded})}")
-    return 0
+        runner.write("parallel_" + device, {"shape": shape, "note": note, "rows": list(rows.values()), "timeline": recorded})
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def _words(axes: Axes, first: dict[str, float], rows: list[list[tuple[float, flo
     for kind, x in sorted(first.items(), key=lambda pair: pair[1]):
         x = min(max(x, free), length - _points(WORDS[kind]) * point)
         axes.text(x, -0.12, WORDS[kind], color=style.PASSES[kind][0], ha="left", va="baseline")
-        free = x + _points(WORDS[kind] + "  ") * point
+        free = x + (_points(WORDS[kind]) + 8) * point
     gap, stage, middle = max((b - a, -s, (a + b) / 2) for s, row in enumerate(rows)
                              for (_, a), (b, _) in zip(row, row[1:] + [(length, length)]))
     if gap > (_points("idle") + 8) * point:

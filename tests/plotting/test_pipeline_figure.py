@@ -76,6 +76,14 @@ def test_tones_and_idle_time_are_named_beside_them():
     assert "chunk 1 is greyer" in plotting.pipeline(SCHEDULES["interleaved"].simulate()).axes[0].get_xlabel()
 
 
+def test_the_names_of_the_tones_do_not_touch_where_a_backward_pass_comes_early():
+    spans = [Span(0, Action("F", 0), 0, 0.1), Span(0, Action("B", 0), 0.1, 0.3), Span(0, Action("F", 1), 0.3, 3.0)]
+    figure = plotting.pipeline(spans)
+    style.svg(figure)
+    at = {t.get_text(): t.get_window_extent() for t in texts(figure)}
+    assert at["forward"].x1 + 5 < at["backward"].x0
+
+
 def test_every_tone_reads_on_both_pages_and_forward_differs_from_backward_without_hue():
     def luminance(color):
         return sum(w * (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4)
