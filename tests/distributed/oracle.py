@@ -22,6 +22,7 @@ SEQ = 8
 ADAMW = AdamW(lr=1e-2, clip=0.8)                     # clips in some of the first steps and not in others
 DENSE = ModelSpec("dense", n_layers=4, d_model=16, n_heads=4, n_kv_heads=2, d_ff=24, vocab_size=37, context=16)
 MIXED = DENSE.with_(name="mixed", n_experts=4, top_k=2, d_expert=8, moe_layers=(1, 2, 3))
+BIASED = DENSE.with_(name="biased", qkv_bias=True, out_bias=True, ffn_bias=True, head_bias=True)
 Named = dict[str, Tensor]
 
 
@@ -114,7 +115,8 @@ def compare(ranks: list[Run], expected: Run, *, atol: float, rtol: float = 0) ->
     close = dict(rtol=rtol, atol=atol)
     for run in ranks:
         for numbers in ("losses", "balances", "norms"):
-            torch.testing.assert_close(getattr(run, numbers), getattr(expected, numbers), **close, msg=lambda m: f"{numbers}: {m}")
+            torch.testing.assert_close(getattr(run, numbers), getattr(expected, numbers), **close,
+                                       msg=lambda m: f"{numbers}: {m}")
         for what in ("gradients", "weights"):
             for name, mine in getattr(run, what).items():
                 full = getattr(expected, what)[name].to(mine.dtype)
@@ -166,7 +168,10 @@ class Workers:
 
     def _launched(self, n: int) -> list:
         if n not in self.results:
+            self.results[n] = RuntimeError("the launch failed: see the first test that needed it")
             self.results[n] = launch(n, work, self.module, n)
+        if isinstance(self.results[n], Exception):
+            raise self.results[n]
         return self.results[n]
 
 

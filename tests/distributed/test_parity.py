@@ -9,14 +9,14 @@ from gpt4lib.distributed.launch import launch
 from gpt4lib.specs import LatentAttention
 from gpt4lib.specs.workload import ParallelPlan as Plan
 from tests.distributed import oracle
-from tests.distributed.oracle import DENSE, MIXED
+from tests.distributed.oracle import BIASED, DENSE, MIXED
 
 EXACT = 1e-11            # fp64: sums in another order, 1e-16 a term, that five steps of AdamW magnify at most thousandfold
 ROWS = 8                 # sequences in a batch, whatever the plan
 
 LATENT = LatentAttention(kv_rank=10, rope_dim=4, nope_dim=6, v_dim=8, q_rank=12)
 SPECS = {
-    "biases": DENSE.with_(qkv_bias=True, out_bias=True, ffn_bias=True, head_bias=True),
+    "biases": BIASED,
     "untied": DENSE.with_(tied=False, head_bias=True),
     "learned positions": DENSE.with_(positions="learned", position_offset=2, embedding_norm=True),
     "shared experts": MIXED.with_(gated_ffn=True, d_shared=12, shared_gate=True, router_bias=True, ffn_bias=True, norm="rmsnorm"),
@@ -30,6 +30,7 @@ SPECS = {
 }
 TP2, TP2PP2 = dict(tp=2, n_micro_batches=2), dict(tp=2, pp=2, n_micro_batches=2)
 SP = dict(sequence_parallel=True)
+ALL = dict(tp=2, pp=2, dp=2, ep=2, n_micro_batches=2, recompute="full") | SP
 CASES = {                # name -> spec, degrees; micro_batch follows from ROWS
     "one process": (MIXED, dict(n_micro_batches=2)),
     "tp2": (MIXED, TP2),
@@ -61,12 +62,15 @@ CASES = {                # name -> spec, degrees; micro_batch follows from ROWS
     "pp2 zero3, two chunks": (MIXED, dict(pp=2, dp=2, zero_stage=3, n_micro_batches=2, n_chunks=2)),
     "tp2 pp2 zero1": (MIXED, dict(tp=2, pp=2, dp=2, zero_stage=1, n_micro_batches=2)),
     "tp2 pp2 zero3": (MIXED, dict(tp=2, pp=2, dp=2, zero_stage=3, n_micro_batches=2)),
-    "everything": (SPECS["shared experts"], dict(tp=2, pp=2, dp=2, ep=2, zero_stage=1, n_micro_batches=2, n_chunks=2, recompute="full") | SP),
-    "everything zero3": (SPECS["shared experts"], dict(tp=2, pp=2, dp=2, ep=2, zero_stage=3, n_micro_batches=2, recompute="full") | SP),
+    "everything": (SPECS["shared experts"], ALL | dict(zero_stage=1, n_chunks=2)),
+    "everything zero3": (SPECS["shared experts"], ALL | dict(zero_stage=3)),
     **{f"tp2 {name}": (spec, TP2) for name, spec in SPECS.items()},
-    **{f"tp2 sp {name}": (SPECS[name], TP2 | SP) for name in ("biases", "learned positions", "shared experts", "query-key norms")},
-    **{f"tp2 pp2 {name}": (SPECS[name], TP2PP2) for name in ("biases", "untied", "learned positions", "latent", "parallel block")},
-    **{f"tp2 recompute {kind}": (SPECS["shared experts"], TP2 | dict(recompute=kind)) for kind in ("selective", "full")},
+    **{f"tp2 sp {name}": (SPECS[name], TP2 | SP) for name in
+       ("biases", "learned positions", "shared experts", "query-key norms")},
+    **{f"tp2 pp2 {name}": (SPECS[name], TP2PP2) for name in
+       ("biases", "untied", "learned positions", "latent", "parallel block")},
+    **{f"tp2 recompute {kind}": (SPECS["shared experts"], TP2 | dict(recompute=kind))
+       for kind in ("selective", "full")},
     "ep2 recompute full": (MIXED, dict(dp=2, ep=2, n_micro_batches=2, recompute="full")),
     "pp2 recompute selective": (MIXED, dict(pp=2, n_micro_batches=2, recompute="selective")),
 }

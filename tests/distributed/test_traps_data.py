@@ -13,7 +13,7 @@ from gpt4lib.nn.transformer import Transformer
 from gpt4lib.profiling.wire import count_wire
 from gpt4lib.specs.workload import ParallelPlan as Plan
 from tests.distributed import oracle
-from tests.distributed.oracle import DENSE, MIXED, alone, data, on_a_rank, trainer, unreduced
+from tests.distributed.oracle import BIASED, DENSE, MIXED, alone, data, on_a_rank, trainer, unreduced
 
 CLOSE = dict(rtol=0, atol=1e-13)              # fp64, one step: only the order of sums differs
 ROUTED = MIXED.with_(router_bias=True)
