@@ -11,6 +11,8 @@ from gpt4lib.specs.workload import ParallelPlan as Plan
 from tests.distributed import oracle
 from tests.distributed.oracle import BIASED, DENSE, MIXED
 
+workers = oracle.Workers(__name__)
+
 EXACT = 1e-11            # fp64: sums in another order, 1e-16 a term, that five steps of AdamW magnify at most thousandfold
 ROWS = 8                 # sequences in a batch, whatever the plan
 
@@ -106,3 +108,49 @@ def test_the_oracle_clips_in_some_steps_and_moves_every_parameter():
     run, start = expected(MIXED, 2), oracle.Transformer(MIXED).double()
     assert min(run.norms) < oracle.ADAMW.clip < max(run.norms)
     assert all((run.weights[name] - p).abs().max() > 1e-4 for name, p in start.named_parameters())
+
+
+NARROW = {"tp2 zero1": Plan(tp=2, dp=2, zero_stage=1, n_micro_batches=2), "tp2 zero3": Plan(tp=2, dp=2, zero_stage=3, n_micro_batches=2),
+          "pp2": Plan(pp=2, dp=2, n_micro_batches=2), "ep2 zero3": Plan(dp=4, ep=2, zero_stage=3),
+          "ep2 zero1": Plan(dp=4, ep=2, zero_stage=1)}
+
+
+@workers.on(4)
+def in_fp32():
+    return {name: oracle.on_a_rank(MIXED, plan, dtype=torch.float32) for name, plan in NARROW.items()}
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_fp32(name):
+    """1e-4 absolute: a gradient near zero has few right digits in fp32, and AdamW steps by lr = 1e-2 whatever its size."""
+    plan = NARROW[name]
+    one = oracle.alone(MIXED, oracle.data(MIXED, plan.global_batch, 5), plan.n_micro_batches, dtype=torch.float32)
+    ranks = [rank[name] for rank in in_fp32()]
+    oracle.compare(ranks, one, atol=1e-4)
+    assert oracle.replicas_agree(ranks) > 0 and {w.dtype for run in ranks for w in run.weights.values()} == {torch.float32}
+
+
+@workers.on(4)
+def in_bf16():
+    found = {}
+    for name, plan in NARROW.items():
+        it = oracle.trainer(MIXED, plan, dtype=torch.bfloat16)
+        batch = oracle.data(MIXED, plan.global_batch, 1)[0]
+        losses = [it.step(batch)[1].loss for _ in range(20)]
+        masters, local = oracle.weights(it), {n: p.detach() for stage in it.stages for n, p in stage.named_parameters()}
+        it.backward(batch)
+        gradients = oracle.gradients(it)
+        found[name] = losses, oracle.Run([], [], [], gradients, masters, it.pieces), {} if plan.zero_stage == 3 else local
+    return found
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_bf16_weights_have_fp32_masters_and_gradients(name):
+    """One batch 20 times, so the loss has to fall; the weights are the masters rounded, which hold more than that."""
+    losses, runs, local = zip(*(rank[name] for rank in in_bf16()))
+    assert all(rank == losses[0] for rank in losses) and losses[0][-1] < losses[0][0] - 0.5
+    assert oracle.replicas_agree(runs) > 0
+    for run, weights in zip(runs, local):
+        assert {t.dtype for t in (*run.gradients.values(), *run.weights.values())} == {torch.float32}
+        assert any((w != w.bfloat16()).any() for w in run.weights.values())
+        assert all(torch.equal(w, run.weights[n].bfloat16()) for n, w in weights.items())
