@@ -110,7 +110,8 @@ def test_the_oracle_clips_in_some_steps_and_moves_every_parameter():
     assert all((run.weights[name] - p).abs().max() > 1e-4 for name, p in start.named_parameters())
 
 
-NARROW = {"tp2 zero1": Plan(tp=2, dp=2, zero_stage=1, n_micro_batches=2), "tp2 zero3": Plan(tp=2, dp=2, zero_stage=3, n_micro_batches=2),
+NARROW = {"tp2 zero1": Plan(tp=2, dp=2, zero_stage=1, n_micro_batches=2),
+          "tp2 zero3": Plan(tp=2, dp=2, zero_stage=3, n_micro_batches=2),
           "pp2": Plan(pp=2, dp=2, n_micro_batches=2), "ep2 zero3": Plan(dp=4, ep=2, zero_stage=3),
           "ep2 zero1": Plan(dp=4, ep=2, zero_stage=1)}
 
