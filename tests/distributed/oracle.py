@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-from typing import NamedTuple
+import importlib
+from typing import Callable, NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from gpt4lib.distributed.data import AdamW
+from gpt4lib.distributed.launch import launch
 from gpt4lib.distributed.layout import Piece, window
 from gpt4lib.distributed.trainer import Trainer
 from gpt4lib.nn.moe import balance_loss, routings
@@ -19,9 +19,10 @@ from gpt4lib.specs import ModelSpec
 from gpt4lib.specs.workload import ParallelPlan
 
 SEQ = 8
-ADAMW = AdamW(lr=1e-2, clip=0.5)                     # clips in some of the first steps and not in others
+ADAMW = AdamW(lr=1e-2, clip=0.8)                     # clips in some of the first steps and not in others
 DENSE = ModelSpec("dense", n_layers=4, d_model=16, n_heads=4, n_kv_heads=2, d_ff=24, vocab_size=37, context=16)
 MIXED = DENSE.with_(name="mixed", n_experts=4, top_k=2, d_expert=8, moe_layers=(1, 2, 3))
+BIASED = DENSE.with_(name="biased", qkv_bias=True, out_bias=True, ffn_bias=True, head_bias=True)
 Named = dict[str, Tensor]
 
 
@@ -33,7 +34,6 @@ class Run(NamedTuple):
     gradients: Named                                 # of the last step, before clipping
     weights: Named                                   # after the last step
     pieces: dict[str, Piece] = {}
-    at: dict[str, int] = {}
 
 
 def data(spec: ModelSpec, rows: int, steps: int, seq: int = SEQ) -> list[Tensor]:
@@ -74,6 +74,11 @@ def gradients(trainer: Trainer) -> Named:
             for vector in [flat.whole(flat.master.grad)] for name, p, start, stop in flat.segments}
 
 
+def unreduced(it: Trainer) -> Named:
+    """What the backward passes of this rank alone left, before anything is summed or averaged."""
+    return {s.name: f.gradients[s.start:s.stop].view_as(s.parameter).clone() for f in it.optimizer.flats for s in f.segments}
+
+
 def weights(trainer: Trainer) -> Named:
     return {name: kinds["weight"].clone() for name, kinds in trainer.optimizer.state().items()}
 
@@ -90,7 +95,7 @@ def on_a_rank(spec: ModelSpec, plan: ParallelPlan, steps: int = 5, **options) ->
         results.append(result)
         grads = gradients(it)
         it.optimizer.step(min(1.0, it.adamw.clip / (result.gradient_norm + 1e-6)), it.adamw.lr)
-    return Run(*map(list, zip(*results)), grads, weights(it), it.pieces, it.groups.at)
+    return Run(*map(list, zip(*results)), grads, weights(it), it.pieces)
 
 
 def several(cases: dict[str, tuple]) -> dict[str, Run]:
@@ -110,7 +115,8 @@ def compare(ranks: list[Run], expected: Run, *, atol: float, rtol: float = 0) ->
     close = dict(rtol=rtol, atol=atol)
     for run in ranks:
         for numbers in ("losses", "balances", "norms"):
-            torch.testing.assert_close(getattr(run, numbers), getattr(expected, numbers), **close, msg=lambda m: f"{numbers}: {m}")
+            torch.testing.assert_close(getattr(run, numbers), getattr(expected, numbers), **close,
+                                       msg=lambda m: f"{numbers}: {m}")
         for what in ("gradients", "weights"):
             for name, mine in getattr(run, what).items():
                 full = getattr(expected, what)[name].to(mine.dtype)
@@ -129,19 +135,52 @@ def replicas_agree(ranks: list[Run]) -> int:
     return compared
 
 
-def covered(ranks: list[Run], shapes: Named) -> None:
-    """The pieces of one replica's ranks hold every element of every parameter, and owners hold it exactly once."""
+def covered(ranks: list[Run], plan: ParallelPlan, shapes: Named) -> None:
+    """The ranks' pieces hold every element of every parameter, and owners exactly once a replica."""
     held, owned = ({name: torch.zeros(p.shape, dtype=torch.long) for name, p in shapes.items()} for _ in range(2))
     for run in ranks:
         assert set(run.weights) == set(run.gradients) == set(run.pieces)
-        first = {cut.index for p in run.pieces.values() for cut in p.cuts}          # noqa: F841
         for name, p in run.pieces.items():
             for box in p.chunks():
                 window(held[name], box.offsets, box.sizes).add_(1)
-                if p.owned:
-                    window(owned[name], box.offsets, box.sizes).add_(1)
-    assert all((h > 0).all() for h in held.values())
-    replicas = 1 + max(run.at["dp"] for run in ranks)
-    spread = 1 + max(run.at["inner"] for run in ranks)
-    for name, count in owned.items():
-        assert set(count.unique().tolist()) <= {replicas, replicas // spread}, name
+                window(owned[name], box.offsets, box.sizes).add_(int(p.owned))
+    for name in shapes:
+        assert held[name].min() > 0 and (owned[name] == plan.dp // (plan.ep if ".experts." in name else 1)).all(), name
+
+
+def same_rows(plan: ParallelPlan) -> Tensor:
+    """A batch of one sequence again and again: every micro-batch of every replica has the same gradient."""
+    return data(DENSE, 1, 1)[0].repeat(plan.global_batch, 1)
+
+
+class Workers:
+    """What a module of tests runs on several processes: all workers for one number of them in one launch."""
+
+    def __init__(self, module: str) -> None:
+        self.module, self.by_size, self.results = module, {}, {}
+
+    def on(self, n: int) -> Callable:
+        """Decorates a worker for n processes. Calling it in a test gives its results by rank; it is judged there."""
+        def add(worker: Callable) -> Callable:
+            self.by_size.setdefault(n, []).append(worker)
+            return lambda: [results[worker.__name__] for results in self._launched(n)]
+        return add
+
+    def _launched(self, n: int) -> list:
+        if n not in self.results:
+            self.results[n] = RuntimeError("the launch failed: see the first test that needed it")
+            self.results[n] = launch(n, work, self.module, n)
+        if isinstance(self.results[n], Exception):
+            raise self.results[n]
+        return self.results[n]
+
+
+def work(module: str, n: int) -> dict:
+    results = {}
+    for worker in importlib.import_module(module).workers.by_size[n]:
+        try:
+            results[worker.__name__] = worker()
+        except Exception as error:
+            error.add_note(f"in the worker {worker.__name__!r}")
+            raise
+    return results

@@ -1,0 +1,12 @@
+"""Models this small are slower with more threads than one, much slower beside other work."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
