@@ -1,5 +1,6 @@
 """Starts torchrun as a user does, in a process group of its own that never outlives the test."""
 
+import contextlib
 import os
 import pathlib
 import signal
@@ -12,35 +13,36 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 class Job:
-    """A running torchrun agent and its workers."""
+    """A running torchrun agent and its workers, which it puts in sessions of their own: a mark in their environment finds them."""
 
     def __init__(self, folder, *args):
         self.log = folder / f"log-{len(list(folder.glob('log-*')))}"
-        command = [sys.executable, "-m", "torch.distributed.run", *args]
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        self.mark = f"GPT4LIB_TEST_JOB={self.log}"
+        env = {**os.environ, **dict([self.mark.split("=")]), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
         with open(self.log, "w") as out:
-            self.process = subprocess.Popen(command, stdout=out, stderr=out, cwd=folder, env=env, start_new_session=True)
+            self.process = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *args], stdout=out, stderr=out,
+                                            cwd=folder, env=env)
 
     def members(self):
-        """Every live process of the agent's session, workers too: rank -> pid, and -1 -> pid of the agent."""
+        """Every live process of the job: rank -> pid, the agent's is -1."""
         found = {}
         for entry in pathlib.Path("/proc").glob("[0-9]*"):
             try:
-                state, _, _, session = entry.joinpath("stat").read_text().rpartition(")")[2].split()[:4]
-                if int(session) == self.process.pid and state != "Z":
-                    env = dict(e.partition("=")[::2] for e in entry.joinpath("environ").read_text().split("\0"))
-                    found[int(env.get("RANK", -1))] = int(entry.name)
-            except (OSError, ValueError):
-                pass                                                    # it has just ended
+                env = entry.joinpath("environ").read_text().split("\0")
+            except OSError:                                             # it has just ended
+                continue
+            if self.mark in env:
+                found[int(dict(e.partition("=")[::2] for e in env).get("RANK", -1))] = int(entry.name)
         return found
 
-    def wait(self, timeout=120):
+    def wait(self, timeout=300):
         """(exit status, everything it wrote)"""
         return self.process.wait(timeout), self.log.read_text()
 
     def kill(self):
-        for pid in self.members().values():                             # workers are groups of their own
-            os.kill(pid, signal.SIGKILL)
+        for pid in self.members().values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self.process.wait()
 
 
