@@ -102,9 +102,11 @@ def save(folder: str | Path, trainer: Trainer, keep: int = 2) -> Path:
     dist.barrier()
     dcp.save(state, storage_writer=dcp.FileSystemWriter(partial), planner=_Save(trainer.pieces))
     if dist.get_rank() == 0:
+        aside = target.with_name(target.name + ".old.partial")
         if target.exists():
-            shutil.rmtree(target)
+            target.rename(aside)                                    # half removed it would still look complete
         partial.rename(target)
+        shutil.rmtree(aside, ignore_errors=True)
         complete = sorted(p for p in Path(folder).glob("step-*") if COMPLETE.fullmatch(p.name))
         for old in complete[:-keep]:
             shutil.rmtree(old)

@@ -55,11 +55,11 @@ def _work(connection, target: Any, args: tuple, rank: int, n: int, store: str, t
         torch.set_num_threads(1)
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=n,
                                 timeout=timedelta(seconds=timeout_seconds))
-        connection.send_bytes(pickle.dumps((True, target(*args))))   # plain bytes: tensors too outlive this process
+        connection.send_bytes(pickle.dumps((True, target(*args), 0.0)))   # plain bytes: tensors too outlive this process
         dist.barrier()
         dist.destroy_process_group()
     except BaseException:
-        connection.send_bytes(pickle.dumps((False, traceback.format_exc())))
+        connection.send_bytes(pickle.dumps((False, f"raised:\n{traceback.format_exc()}", time.monotonic())))
         os._exit(1)
 
 
@@ -82,20 +82,24 @@ def launch(n: int, target: Callable[..., Any], *args: Any, timeout_seconds: floa
             for worker, (_, child) in zip(workers, pairs):
                 worker.start()
                 child.close()                                                       # so that a death is an end of file
-            deadline = time.monotonic() + timeout_seconds
-            while len(results) < n:
-                left = {pairs[r][0]: r for r in range(n) if r not in results}
-                for connection in wait(list(left), max(deadline - time.monotonic(), 0)) or [None]:
-                    if connection is None:
-                        raise RuntimeError(f"rank {min(left.values())} of {n} is not done after {timeout_seconds:g} s")
-                    rank = left[connection]
+            deadline, left = time.monotonic() + timeout_seconds, {pairs[r][0]: r for r in range(n)}
+            failures: list[tuple[float, str]] = []          # a failing rank takes its peers with it: the first is to blame
+            while left and (ready := wait(list(left), max(deadline - time.monotonic(), 0))):
+                for connection in ready:
+                    rank = left.pop(connection)
                     try:
-                        fine, results[rank] = pickle.loads(connection.recv_bytes())
+                        fine, results[rank], when = pickle.loads(connection.recv_bytes())
                     except EOFError:
                         workers[rank].join(5)
-                        raise RuntimeError(f"rank {rank} of {n} died with exit code {workers[rank].exitcode}") from None
+                        fine, results[rank], when = False, f"died with exit code {workers[rank].exitcode}", 0.0
                     if not fine:
-                        raise RuntimeError(f"rank {rank} of {n} raised:\n{results[rank]}")
+                        failures.append((when, f"rank {rank} of {n} {results[rank]}"))
+                        deadline = min(deadline, time.monotonic() + 1)
+            if failures:
+                raise RuntimeError(min(failures)[1])
+            if left:
+                who = f"rank {', '.join(map(str, left.values()))} of {n} {'is' if len(left) == 1 else 'are'}"
+                raise RuntimeError(f"{who} not done after {timeout_seconds:g} s")
             for worker in workers:
                 worker.join(10)
         finally:

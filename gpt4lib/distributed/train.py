@@ -11,6 +11,7 @@ from typing import Any, Sequence
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from gpt4lib.cli import Parser
 from gpt4lib.distributed import checkpoint, launch
@@ -67,9 +68,11 @@ def settle(args: argparse.Namespace, here: launch.Place) -> tuple[ModelSpec, Par
     spec = TOY if args.model == "toy" else ModelSpec.load(args.model)
     if args.dtype not in DTYPES:
         raise ValueError(f"dtype={args.dtype!r} is not known; accepted: {', '.join(DTYPES)}")
-    for name in ("micro_batch", "seq_len", "steps", "save_every"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} is not accepted; give an integer >= 1")
+    if args.device not in ("cpu", "cuda") or (args.device == "cuda" and torch.cuda.device_count() <= here.local_rank):
+        raise ValueError(f"--device {args.device} is not here for local rank {here.local_rank}; accepted: cpu, or cuda with a GPU a process")
+    for name in ("dp", "micro_batch", "seq_len", "steps", "save_every", "timeout"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value} is not accepted; give a number >= 1")
     dp = args.dp or max(here.world_size // max(args.tp * args.pp, 1), 1)
     if args.global_batch < 1 or args.global_batch % (args.micro_batch * dp):
         raise ValueError(f"global_batch={args.global_batch} is not divisible by micro_batch={args.micro_batch} x dp={dp}; change one")
@@ -81,6 +84,14 @@ def settle(args: argparse.Namespace, here: launch.Place) -> tuple[ModelSpec, Par
     if args.hardware:
         DeviceSpec.preset(args.hardware).peak_flop_rate(args.dtype)
     return spec, plan
+
+
+def tokens_of(args: argparse.Namespace) -> Tensor:
+    """What it is trained on; ValueError if that is less than a sequence."""
+    tokens = data.read(args.data) if args.data else data.split()[0]
+    if len(tokens) < args.seq_len + 1:
+        raise ValueError(f"the data holds {len(tokens)} tokens; give at least seq_len + 1 = {args.seq_len + 1}")
+    return tokens
 
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:
@@ -121,12 +132,9 @@ class Report:
             sys.stderr.flush()
 
 
-def run(args: argparse.Namespace, spec: ModelSpec, plan: ParallelPlan) -> None:
+def run(args: argparse.Namespace, spec: ModelSpec, plan: ParallelPlan, tokens: Tensor) -> None:
     """Train in the initialised world."""
     device = f"cuda:{torch.cuda.current_device()}" if args.device == "cuda" else "cpu"
-    tokens = data.read(args.data) if args.data else data.split()[0]
-    if len(tokens) <= args.seq_len + 1:
-        raise ValueError(f"the data holds {len(tokens)} tokens; give at least seq_len + 2 = {args.seq_len + 2}")
     trainer = Trainer(spec, plan, args.seq_len, adamw=AdamW(args.lr, clip=args.clip), balance=args.balance if spec.is_moe else 0,
                       seed=args.seed, dtype=DTYPES[args.dtype], device=device)
     if args.checkpoint and (found := checkpoint.latest(args.checkpoint)):
@@ -161,10 +169,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parser().parse_args(argv)
         spec, plan = settle(args, here)
-        if args.data:
-            data.read(args.data)
+        tokens = tokens_of(args)
         launch.join_world(args.timeout, args.device)
-        run(args, spec, plan)
+        run(args, spec, plan, tokens)
     except (ValueError, OSError) as error:
         if here.rank == 0 or dist.is_initialized():                      # before, every rank says the same
             who = f"rank {here.rank}: " if dist.is_initialized() else ""
