@@ -49,12 +49,12 @@ ODD = DENSE.with_(head_bias=True)
 
 @workers.on(3)
 def shards_that_do_not_fit():
-    return [on_a_rank(ODD, Plan(dp=3, zero_stage=zero, n_micro_batches=2), 3, bucket_bytes=40) for zero in (0, 1, 3)]
+    return [on_a_rank(ODD, Plan(dp=3, zero_stage=zero, n_micro_batches=2), 3, bucket_bytes=1000) for zero in (0, 1, 3)]
 
 
 @pytest.mark.parametrize("i, zero", [(0, 0), (1, 1), (2, 3)])
 def test_parameters_that_three_ranks_do_not_divide(i, zero):
-    """Neither the total nor the embedding's rows divide by 3, and buckets of 40 bytes cut parameters anywhere."""
+    """Neither the total nor the embedding's rows divide by 3, and buckets of 1000 bytes cut parameters anywhere."""
     assert sum(p.numel() for p in Transformer(ODD).parameters()) % 3 and ODD.vocab_size % 3
     oracle.compare([rank[i] for rank in shards_that_do_not_fit()], alone(ODD, data(ODD, 6, 3), 2), atol=1e-12)
 
