@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Callable
 
-from gpt4lib.analysis import inference, memory, roofline
+from gpt4lib.analysis import collectives, flops, inference, memory, pipeline, roofline
 from gpt4lib.analysis.parameters import parameters
 from gpt4lib.specs.hardware import DeviceSpec
 from gpt4lib.specs.model import ModelSpec
@@ -55,6 +55,14 @@ def _absorbed_intensity() -> float:
     return 2 * spec.n_heads * (2 * m.kv_rank + m.rope_dim) / (2 * (m.kv_rank + m.rope_dim))
 
 
+def _tensor_wait(device: str, tp: int) -> float:
+    """Time of a GPT-4 layer's forward all-reduces inside a node over that of its arithmetic at peak, 8,192 tokens."""
+    spec, card = ModelSpec.preset("gpt-4"), DeviceSpec.preset(device)
+    sent = collectives.tensor_parallel_layer(8192, spec.d_model, tp)
+    work = flops.forward(spec, 1, 8192, causal=True).total / spec.n_layers / tp
+    return sent / card.link_bandwidth / (work / card.peak_flop_rate("bf16"))
+
+
 PROBLEMS: dict[str, Problem] = {
     "1.1": Problem(
         "Q and O are d x (h*k) each, K and V d x k each; a gated block has three matrices; the head is tied.",
@@ -75,6 +83,25 @@ PROBLEMS: dict[str, Problem] = {
     "1.6": Problem(
         "Loop over multiples of 8 and keep the one whose attention count is nearest to 55e9.",
         lambda: _nearest_heads(256, 55e9)),
+    "3.1": Problem(
+        "(p - 1) / (m + p - 1) with p = 16 and m = 64.",
+        lambda: pipeline.bubble_fraction(16, 64), 0.005),
+    "3.2": Problem(
+        "14 / (m + 14) has to be 0.1 or less.",
+        lambda: next(m for m in range(1, 999) if pipeline.bubble_fraction(15, m) <= 0.1)),
+    "3.3": Problem(
+        "An eighth of 70.6e9 parameters, times 2 + 2 + 12/8 bytes.",
+        lambda: sum(memory.training_state(ModelSpec.preset("llama-3.1-70b"), ParallelPlan(tp=8, dp=8, zero_stage=1)).values()),
+        0.005),
+    "3.4": Problem(
+        "Two all-reduces of 8,192 x 8,192 numbers of 2 bytes, each sent 2 (t - 1) / t times.",
+        lambda: collectives.tensor_parallel_layer(8192, 8192, 8)),
+    "3.5": Problem(
+        "In `wait`, take DeviceSpec.preset('h100-sxm') for its peak and its link_bandwidth.",
+        lambda: _tensor_wait("h100-sxm", 8), 0.01),
+    "3.6": Problem(
+        "8,192 x 2 rows of 10,752 numbers of 2 bytes leave, but for the sixteenth that stays; the answers come back.",
+        lambda: 2 * collectives.all_to_all(8192 * 2 * ModelSpec.preset("gpt-4").d_model * 2, 16)),
     "5.1": Problem(
         "E (1 - (1 - k/E)^B) with E = 8, k = 2 and B = 16.",
         lambda: roofline.distinct_experts(8, 2, 16), 0.005),

@@ -72,7 +72,8 @@ def test_bytes_on_the_wire(counted, spec, name):
     plan, ranks = counted[spec.name, name]
     for rank in ranks:
         predicted = Counter()
-        for term in collectives.training_step(spec, plan, SEQ, rank["stage"], act_bytes=4, weight_bytes=4, balance=spec.is_moe):
+        for term in collectives.training_step(spec, plan, SEQ, rank["stage"], act_bytes=4, weight_bytes=4, gradient_bytes=4,
+                                                balance=spec.is_moe):
             predicted[term.kind] += term.sent
         assert {k: n for k, n in rank["sent"].items() if n} == dict(predicted)
 
@@ -99,6 +100,6 @@ def test_the_run_replays_its_schedule(counted):
 
 def test_a_byte_less_would_be_noticed(counted):
     plan, ranks = counted["experts", "tp"]
-    terms = collectives.training_step(MOE, plan, SEQ, 0, act_bytes=4, weight_bytes=4)        # without the balance loss
+    terms = collectives.training_step(MOE, plan, SEQ, 0, act_bytes=4, weight_bytes=4, gradient_bytes=4)  # without the balance loss
     assert sum(t.sent for t in terms) == sum(ranks[0]["sent"].values())                     # dp = 1: it sends nothing
     assert sum(t.sent for t in terms if t.what != "loss") < sum(ranks[0]["sent"].values())

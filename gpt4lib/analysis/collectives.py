@@ -75,7 +75,7 @@ def replicated(spec: ModelSpec, plan: ParallelPlan, layer: int) -> int:
 
 
 def training_step(spec: ModelSpec, plan: ParallelPlan, seq_len: int, stage: int = 0, *, act_bytes=2,
-                  weight_bytes=2, gradient_bytes=4, loss_bytes=4, balance: bool = False) -> list[Term]:
+                  weight_bytes=2, gradient_bytes=2, loss_bytes=4, balance: bool = False) -> list[Term]:
     """What a rank of a pipeline stage sends in one step, term by term.
 
     Tensor parallelism: Shoeybi et al. 2019, arXiv:1909.08053, section 3, forward and backward, and
