@@ -149,8 +149,8 @@ def optimizer_bytes(count: dict[str, int], plan: ParallelPlan) -> float:
     return _held(count, plan, ADAM_BYTES, 1)
 
 
-def _state(count: dict[str, int], plan: ParallelPlan, dtype: str,
-           gradient_dtype: str) -> dict[str, float]:
+def state(count: dict[str, int], plan: ParallelPlan, dtype: str,
+          gradient_dtype: str) -> dict[str, float]:
     """Bytes of weights, gradients and optimizer for these parameters."""
     return {"weights": _held(count, plan, dtype_bytes(dtype), 3),
             "gradients": _held(count, plan, dtype_bytes(gradient_dtype), 2),
@@ -167,7 +167,7 @@ def training_state(spec: ModelSpec, plan: ParallelPlan, dtype: str = "bf16",
     double their part.
     """
     plan.check(spec)
-    states = (_state(stage_parameters(spec, plan, stage), plan, dtype, gradient_dtype)
+    states = (state(stage_parameters(spec, plan, stage), plan, dtype, gradient_dtype)
               for stage in distinct_stages(spec, plan))
     return max(states, key=lambda state: sum(state.values()))
 
@@ -227,11 +227,11 @@ def training(spec: ModelSpec, plan: ParallelPlan, seq_len: int, dtype: str = "bf
     plan.check(spec)
     uses = []
     for stage in distinct_stages(spec, plan):
-        state = _state(stage_parameters(spec, plan, stage), plan, dtype, gradient_dtype)
+        part = state(stage_parameters(spec, plan, stage), plan, dtype, gradient_dtype)
         kept = sum(layer_activation_bytes(spec, plan, seq_len, layer)
                    for layer in plan.layers_of(spec.n_layers, stage))
         held = in_flight(plan.pp, plan.n_micro_batches, stage, plan.n_chunks, plan.schedule)
-        uses.append(MemoryUse({**state, "activations": held * kept / plan.n_chunks}))
+        uses.append(MemoryUse({**part, "activations": held * kept / plan.n_chunks}))
     return max(uses, key=lambda use: use.total)
 
 

@@ -37,13 +37,18 @@ class ParallelExperts(Experts):
     def forward(self, x: Tensor, chosen: Tensor) -> Tensor:
         ep, mine = dist.get_world_size(self.group), len(self.w_in)
         order, ends = dispatch(chosen, ep * mine)
-        counts = ends.diff(prepend=ends.new_zeros(1)).long()             # [n_experts], slots of each expert
-        theirs = torch.empty_like(counts)                                # [ep * mine], what each rank sends to mine
+        # slots of each expert, [ep * mine]: what I send, and what each rank sends to mine
+        counts = ends.diff(prepend=ends.new_zeros(1)).long()
+        theirs = torch.empty_like(counts)
         dist.all_to_all_single(theirs, counts, group=self.group)
-        send, receive = torch.stack([counts, theirs]).view(2, ep, mine).sum(-1).tolist()
+        send, receive = (c.view(ep, mine).sum(1).tolist() for c in (counts, theirs))
         kept = order[:sum(send)]
-        rows = _AllToAll.apply(x[kept // chosen.shape[1]], send, receive, self.group)
-        local = torch.arange(mine, device=x.device).repeat(ep).repeat_interleave(theirs)[:, None]
-        slots = experts(rows, local, self.w_in, self.w_out, self.in_bias, self.out_bias, activation=self.activation)
+        x = x[kept // chosen.shape[1]]
+        rows = _AllToAll.apply(x, send, receive, self.group)
+        local = torch.arange(mine, device=x.device).repeat(ep)
+        local = local.repeat_interleave(theirs)[:, None]
+        slots = experts(rows, local, self.w_in, self.w_out, self.in_bias,
+                        self.out_bias, activation=self.activation)
         back = _AllToAll.apply(slots, receive, send, self.group)
-        return back.new_zeros(chosen.numel(), x.shape[1]).index_copy(0, kept, back)
+        out = back.new_zeros(chosen.numel(), x.shape[1])
+        return out.index_copy(0, kept, back)

@@ -42,7 +42,7 @@ def _scatter_tokens(x: Tensor, group) -> Tensor:
 
 
 class _CopyToRanks(torch.autograd.Function):
-    """Identity forward, all-reduce backward: every rank used the input, so its gradients add up."""
+    """Identity forward, all-reduce backward: each rank used the input."""
 
     @staticmethod
     def forward(ctx, x: Tensor, group) -> Tensor:
@@ -55,7 +55,7 @@ class _CopyToRanks(torch.autograd.Function):
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """All-reduce forward, identity backward: the output is a sum, so each term's gradient is the sum's."""
+    """All-reduce forward, identity backward: a term's gradient is the sum's."""
 
     @staticmethod
     def forward(ctx, x: Tensor, group) -> Tensor:

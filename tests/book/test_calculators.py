@@ -12,9 +12,9 @@ import re
 
 import pytest
 
-from gpt4lib.analysis import flops, memory, roofline
+from gpt4lib.analysis import collectives, flops, memory, pipeline, roofline
 from gpt4lib.analysis.parameters import parameters
-from gpt4lib.specs import DeviceSpec, ModelSpec
+from gpt4lib.specs import DeviceSpec, ModelSpec, ParallelPlan
 
 ROOT = pathlib.Path(__file__).parents[2]
 PLAIN = re.compile(r"[A-Za-z0-9_+\-*/(). ]+")
@@ -105,6 +105,32 @@ def test_chapter_1_presets_are_the_library_s():
         assert (v["E"], v["e"]) == (m.n_experts or 1, m.top_k or 1)
 
 
+def test_chapter_3_formulas_are_the_library_s():
+    (form,) = forms(ROOT / "chapters" / "03_parallelism.ipynb")
+    dice = random.Random(1)
+    cases = [form.inputs, *form.presets.values()]
+    for _ in range(50):
+        p = dice.randint(1, 32)
+        cases.append(dict(N=dice.randint(1, 10**7), t=2 ** dice.randint(0, 4), p=p, r=dice.randint(1, 300), g=dice.choice((2, 4)),
+                          m=dice.randint(p, 200), v=dice.randint(1, 8), T=dice.randint(1, 10**5), d=dice.randint(1, 10**5)))
+    for v in cases:
+        here = v["N"] * 1e6 / (v["t"] * v["p"])
+        kinds = dict(zip((2, 4), ("bf16", "fp32")))
+        small = {"ffn": 300 * v["r"], "experts": 0}                                       # divides by the replicas: no rounding
+        state = {z: memory.state(small, ParallelPlan(dp=v["r"], zero_stage=z), "bf16", kinds[v["g"]]) for z in (0, 1)}
+        step = collectives.reduce_scatter(v["g"], v["r"]) + collectives.all_gather(2, v["r"])
+        library = {"cards": v["t"] * v["p"] * v["r"], "state without ZeRO": here * sum(state[0].values()) / small["ffn"],
+                   "state, ZeRO-1": here * sum(state[1].values()) / small["ffn"],
+                   "bubble, if m is at least p": pipeline.bubble_fraction(v["p"], v["m"], v["v"]),
+                   "all-reduces of a layer, forward": collectives.tensor_parallel_layer(v["T"], v["d"], v["t"]),
+                   "gradients and weights a step": here * step}
+        assert all(ours == pytest.approx(theirs, rel=1e-12) for ours, theirs in computed(form, v, library)), v
+    for name, v in form.presets.items():
+        m = ModelSpec.preset(name)
+        assert (v["N"], v["d"]) == (round(parameters(m).total / 1e6), m.d_model)
+        ParallelPlan(tp=v["t"], pp=v["p"], dp=v["r"]).check(m)
+
+
 def test_chapter_5_formulas_are_the_library_s():
     (form,) = forms(ROOT / "chapters" / "05_mixture_of_experts.ipynb")
     dice = random.Random(1)
@@ -152,10 +178,10 @@ def test_without_javascript_the_page_shows_the_first_preset():
         assert float(number) * units[unit] == pytest.approx(value, rel=5e-3)     # printed digits
 
 
-@pytest.mark.parametrize("chapter", ["05_mixture_of_experts", "08_multi_query_attention"])
+@pytest.mark.parametrize("chapter", ["03_parallelism", "05_mixture_of_experts", "08_multi_query_attention"])
 def test_without_javascript_the_page_shows_what_its_formulas_give(chapter):
     (form,) = forms(ROOT / "chapters" / f"{chapter}.ipynb")
-    units = {"": 1, "k": 1e3, "kB": 1e3, "GB": 1e9, "T": 1e12, "%": 0.01}
+    units = {"": 1, "k": 1e3, "kB": 1e3, "MB": 1e6, "GB": 1e9, "T": 1e12, "%": 0.01}
     assert form.fallbacks.keys() == form.formulas.keys() and form.inputs == next(iter(form.presets.values()))
     for label, text in form.fallbacks.items():
         number, _, unit = text.partition(" ")
