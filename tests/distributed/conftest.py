@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -53,3 +54,12 @@ def torchrun(tmp_path):
     yield lambda *args: jobs.append(Job(tmp_path, *map(str, args))) or jobs[-1]
     for job in jobs:
         job.kill()
+
+
+@pytest.fixture(scope="package", autouse=True)
+def one_thread():
+    """A run in this process too has one thread: several, on busy cores, wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
