@@ -53,7 +53,7 @@ def test_eight_processes_train_as_one_and_any_number_goes_on(torchrun, tmp_path)
     data, folder, log = text(tmp_path), tmp_path / "checkpoints", tmp_path / "metrics"
     common = ["--data", data, "--checkpoint", folder, "--save-every", 2, "--metrics", log]
     status, out = torchrun("--nproc-per-node", 8, "-m", "gpt4lib.distributed.train", "--tp", 2, "--pp", 2, "--dp", 2, *SIZES,
-                           *common).wait()
+                           "--micro-batch", 1, *common).wait()
     assert status == 0, out
     ours, whole = [line for line in out.splitlines() if "torch/distributed/run.py" not in line], lines(log)
     assert [line.split("]")[1].split("  ")[0] for line in ours] == [f" step {n}/4" for n in (1, 2, 3, 4)]       # rank 0 only
@@ -74,10 +74,11 @@ def test_a_finished_run_has_nothing_left_to_do(tmp_path):
     assert here(tmp_path, "--data", tmp_path / "text", "--checkpoint", tmp_path / "c") == done
 
 
-@pytest.mark.parametrize("layout", ["--zero 1", "--zero 3 --recompute full", "--ep 2", "--pp 2 --schedule gpipe",
+@pytest.mark.parametrize("layout", ["--zero 1 --micro-batch 1", "--zero 3 --recompute full --micro-batch 1",
+                                    "--ep 2 --micro-batch 1", "--pp 2 --schedule gpipe",
                                     "--tp 2 --sequence-parallel"])
 def test_data_is_the_same_for_every_layout(tmp_path, layout, reference):
-    """Every replica reads its own rows of the batch that one process reads."""
+    """Every replica reads its own rows of the batch that one process reads; experts are balanced over micro-batch x dp rows."""
     data, expected = reference
     launch(2, in_a_world, [*SIZES, "--data", str(data), "--metrics", str(tmp_path / "m"), *layout.split()])
     same(lines(tmp_path / "m"), expected)
