@@ -45,7 +45,8 @@ def one_fails(how, folder):
 
 
 @pytest.mark.parametrize("how, words, timeout", [
-    ("raises", "^rank 1 of 2 raised:\n(?s:.*)KeyError: 'out of luck'", 120), ("SIGKILL", "^rank 1 of 2 died with exit code -9", 120),
+    ("raises", "^rank 1 of 2 raised:\n(?s:.*)KeyError: 'out of luck'", 120),
+    ("SIGKILL", "^rank 1 of 2 died with exit code -9", 120),
     ("SIGSTOP", "^rank 0, 1 of 2 are not done after 8 s", 8), ("hangs", "^rank 0, 1 of 2 are not done after 8 s", 8)])
 def test_launch_names_the_rank_and_leaves_no_process(tmp_path, how, words, timeout):
     """A rank that hangs and the one that waits for it look alike from outside: both are named."""
@@ -77,8 +78,8 @@ def wait_for(condition, seconds=240):
 def test_a_killed_worker_ends_the_job(torchrun, tmp_path):
     """Long before the timeout of 300 s: its neighbour notices at once and says what happened to it, torchrun says who died."""
     log = tmp_path / "metrics"
-    job = torchrun("--nproc-per-node", 2, "--monitor-interval", 3, "-m", "gpt4lib.distributed.train", "--tp", 2, "--steps", 100_000,
-                   "--seq-len", 16, "--timeout", 300, "--metrics", log)
+    job = torchrun("--nproc-per-node", 2, "--monitor-interval", 3, "-m", "gpt4lib.distributed.train", "--tp", 2,
+                   "--steps", 100_000, "--seq-len", 16, "--timeout", 300, "--metrics", log)
     wait_for(log.exists)
     members, start = job.members(), time.monotonic()
     os.kill(members[1], signal.SIGKILL)
@@ -112,6 +113,7 @@ def test_a_diverging_run_stops(capsys, tmp_path):
     assert all(json.loads(line)["loss"] < 1e30 for line in (tmp_path / "m").read_text().splitlines())
 
 
+TRAIN = "gpt4lib.distributed.train: "
 BAD = {
     "--tp 2 --dp 1": "tp=2 x dp=1 x pp=1 needs 2 processes, there are 4", "--tp 3": "needs 3 processes, there are 4",
     "--pp 8 --dp 1": "pp=8 x dp=1 x pp=8|needs 8 processes", "--pp 4 --chunks 2": "pp=4 x n_chunks=2 is more than n_layers=4",
@@ -142,7 +144,7 @@ def test_bad_input_is_one_line_and_exit_2_before_anything_starts(monkeypatch, ca
         out, err = capsys.readouterr()
         assert out == "" and err.count("\n") == (rank == 0)
         if rank == 0:
-            assert err.startswith("gpt4lib.distributed.train: ") and any(words in err for words in BAD[args].split("|")), err
+            assert err.startswith(TRAIN) and any(words in err for words in BAD[args].split("|")), err
 
 
 def test_bad_input_under_torchrun(torchrun):

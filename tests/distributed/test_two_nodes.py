@@ -33,8 +33,8 @@ def nodes(torchrun, *args):
         port = free.getsockname()[1]
     found = []
     for _ in range(2):
-        found.append(torchrun("--nnodes", 2, "--nproc-per-node", 2, "--max-restarts", 0, "--rdzv-backend", "c10d", "--rdzv-endpoint",
-                              f"localhost:{port}", "--rdzv-id", port, "--local-addr", "localhost",
+        found.append(torchrun("--nnodes", 2, "--nproc-per-node", 2, "--max-restarts", 0, "--rdzv-backend", "c10d",
+                              "--rdzv-endpoint", f"localhost:{port}", "--rdzv-id", port, "--local-addr", "localhost",
                               "-m", "gpt4lib.distributed.train", "--tp", 2, "--dp", 2, "--timeout", 240, *args))
         until(lambda: listens(port))
     return found
