@@ -17,7 +17,8 @@ SPEC = ModelSpec("small", n_layers=4, d_model=16, n_heads=4, n_kv_heads=1, d_ff=
 ALONE = Plan(micro_batch=4, n_micro_batches=2)
 CHAIN = [Plan(tp=2, micro_batch=4, n_micro_batches=2), Plan(pp=2, dp=2, zero_stage=1, micro_batch=2, n_micro_batches=2),
          ALONE,
-         Plan(dp=2, zero_stage=3, micro_batch=2, n_micro_batches=2), Plan(dp=2, ep=2, zero_stage=1, micro_batch=2, n_micro_batches=2),
+         Plan(dp=2, zero_stage=3, micro_batch=2, n_micro_batches=2),
+         Plan(dp=2, ep=2, zero_stage=1, micro_batch=2, n_micro_batches=2),
          Plan(tp=2, pp=2, n_chunks=2, micro_batch=4, n_micro_batches=2)]
 
 
