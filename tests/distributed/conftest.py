@@ -14,12 +14,13 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 class Job:
-    """A running torchrun agent and its workers, which it puts in sessions of their own: a mark in their environment finds them."""
+    """A torchrun agent and its workers, which it puts in sessions of their own; a mark in their environment finds them."""
 
     def __init__(self, folder, *args):
         self.log = folder / f"log-{len(list(folder.glob('log-*')))}"
         self.mark = f"GPT4LIB_TEST_JOB={self.log}"
-        env = {**os.environ, **dict([self.mark.split("=")]), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        env = {**os.environ, **dict([self.mark.split("=")]), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
+               "GLOO_SOCKET_IFNAME": "lo"}
         with open(self.log, "w") as out:
             self.process = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *args], stdout=out, stderr=out,
                                             cwd=folder, env=env)
@@ -56,9 +57,9 @@ def torchrun(tmp_path):
         job.kill()
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="package", autouse=True)
 def one_thread():
-    """Models this small are slower with more threads than one, much slower beside other work."""
+    """A run in this process too has one thread: several, on busy cores, wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
