@@ -72,7 +72,7 @@ def launch(n: int, target: Callable[..., Any], *args: Any, timeout_seconds: floa
     if target.__module__ == "__main__" and not hasattr(sys.modules["__main__"], "__file__"):
         target = (target.__name__, inspect.getsource(target))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "gpt4lib.distributed.trainer"])
+    context.set_forkserver_preload(["gpt4lib.distributed.trainer", "torch._dynamo"])     # which every optimizer imports
     results: dict[int, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         pairs = [context.Pipe(duplex=False) for _ in range(n)]
