@@ -37,11 +37,12 @@ class ParallelExperts(Experts):
     def forward(self, x: Tensor, chosen: Tensor) -> Tensor:
         ep, mine = dist.get_world_size(self.group), len(self.w_in)
         order, ends = dispatch(chosen, ep * mine)
-        # slots of each expert, [ep * mine]: what I send, and what each rank sends to mine
+        # slots of each expert, [ep * mine]: those I send, those I get
         counts = ends.diff(prepend=ends.new_zeros(1)).long()
         theirs = torch.empty_like(counts)
         dist.all_to_all_single(theirs, counts, group=self.group)
-        send, receive = (c.view(ep, mine).sum(1).tolist() for c in (counts, theirs))
+        send, receive = (c.view(ep, mine).sum(1).tolist()
+                         for c in (counts, theirs))
         kept = order[:sum(send)]
         x = x[kept // chosen.shape[1]]
         rows = _AllToAll.apply(x, send, receive, self.group)

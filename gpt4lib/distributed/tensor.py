@@ -55,7 +55,7 @@ class _CopyToRanks(torch.autograd.Function):
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """All-reduce forward, identity backward: a term's gradient is the sum's."""
+    """All-reduce forward, identity backward: the output is a sum."""
 
     @staticmethod
     def forward(ctx, x: Tensor, group) -> Tensor:
