@@ -44,9 +44,11 @@ def one_step(specs, plan):
         with count_wire() as wire:
             record, _ = trainer.step(batch)
         state = [t for held in trainer.optimizer.optimizer.state.values() for t in held.values() if t.dim()]
-        masters = [flat.master for flat in getattr(trainer.optimizer, "flats", [])]
+        masters = [flat.master for flat in getattr(trainer.optimizer, "flats", [])
+                   if flat.master.data_ptr() != flat.weights.data_ptr() or flat.zero]     # else they are the weights
         out.append(dict(stage=trainer.groups.at["pp"], sent=wire.sent(), in_flight=record.in_flight,
-                        actions=[s.action for s in record.spans], parameters=sum(p.numel() for s in trainer.stages for p in s.parameters()),
+                        actions=[s.action for s in record.spans],
+                        parameters=sum(p.numel() for s in trainer.stages for p in s.parameters()),
                         optimizer=sum(t.numel() * t.element_size() for t in state + masters)))
     return out
 
@@ -80,7 +82,7 @@ def test_bytes_on_the_wire(counted, spec, name):
 
 @cases
 def test_what_a_rank_holds(counted, spec, name):
-    """Micro-batches in flight; parameters; and the optimizer's bytes, of which ZeRO-1 leaves 12/dp a parameter."""
+    """Micro-batches in flight; parameters; and the optimizer's bytes: 8 a parameter beside fp32 weights, 12/dp with ZeRO-1."""
     plan, ranks = counted[spec.name, name]
     for rank in ranks:
         at = rank["stage"]
@@ -88,7 +90,7 @@ def test_what_a_rank_holds(counted, spec, name):
         if plan.zero_stage < 3:
             count = memory.stage_parameters(spec, plan, at)
             assert rank["parameters"] == sum(count.values())
-            assert rank["optimizer"] == memory.optimizer_bytes(count, plan)
+            assert rank["optimizer"] == memory.optimizer_bytes(count, plan, "fp32")
 
 
 def test_the_run_replays_its_schedule(counted):

@@ -144,9 +144,14 @@ def _held(count: dict[str, int], plan: ParallelPlan, bytes_each: float, from_sta
     return (-(-rest // replicas) - (-apart * plan.ep // replicas)) * bytes_each
 
 
-def optimizer_bytes(count: dict[str, int], plan: ParallelPlan) -> float:
-    """Bytes of Adam's master weights and moments for a device's parameters by part."""
-    return _held(count, plan, ADAM_BYTES, 1)
+def optimizer_bytes(count: dict[str, int], plan: ParallelPlan, dtype: str = "bf16") -> float:
+    """Bytes of Adam's master weights and moments for a device's parameters by part.
+
+    Whole fp32 weights are their own master. Under ZeRO the master is counted apart, as in Rajbhandari
+    et al.; FSDP keeps it in place of sharded 16-bit weights, a little less.
+    """
+    master = 0 if dtype == "fp32" and plan.zero_stage == 0 else 4
+    return _held(count, plan, ADAM_BYTES - 4 + master, 1)
 
 
 def state(count: dict[str, int], plan: ParallelPlan, dtype: str,
@@ -154,7 +159,7 @@ def state(count: dict[str, int], plan: ParallelPlan, dtype: str,
     """Bytes of weights, gradients and optimizer for these parameters."""
     return {"weights": _held(count, plan, dtype_bytes(dtype), 3),
             "gradients": _held(count, plan, dtype_bytes(gradient_dtype), 2),
-            "optimizer": optimizer_bytes(count, plan)}
+            "optimizer": optimizer_bytes(count, plan, dtype)}
 
 
 def training_state(spec: ModelSpec, plan: ParallelPlan, dtype: str = "bf16",

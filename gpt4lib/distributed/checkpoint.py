@@ -18,12 +18,11 @@ from torch import Tensor
 from torch.distributed.checkpoint import planner, planner_helpers
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
 
-from gpt4lib.distributed.data import MOMENTS
+from gpt4lib.distributed.data import KINDS
 from gpt4lib.distributed.layout import Chunk, Piece, window
 from gpt4lib.distributed.trainer import Trainer
 from gpt4lib.nn.transformer import Transformer
 
-KINDS = ("weight", *MOMENTS)
 COMPLETE = re.compile(r"step-(\d{8})")
 
 
@@ -85,15 +84,23 @@ def latest(folder: str | Path) -> Path | None:
 
 
 def steps_of(path: Path) -> int:
-    return int(COMPLETE.fullmatch(path.name)[1])
+    """After how many steps it was written; ValueError for a folder of another name."""
+    if (name := COMPLETE.fullmatch(path.name)) is None:
+        raise ValueError(f"{path} is not a checkpoint; give a folder named step-NNNNNNNN, as `latest` does")
+    return int(name[1])
 
 
 def save(folder: str | Path, trainer: Trainer, keep: int = 2) -> Path:
     """Write the state after `trainer.steps` steps; collective. All ranks have to see the same `folder`.
 
-    Killed at any moment it leaves the earlier checkpoints as they were. Only the newest `keep` stay.
+    Killed at any moment it leaves the earlier checkpoints as they were. Only the newest `keep` stay. Weights and moments
+    pass through the host's memory, see `Replicated.state`. ValueError if the folder holds a later step: it is another run's.
     """
     target = Path(folder) / f"step-{trainer.steps:08d}"
+    if (last := latest(folder)) and steps_of(last) > trainer.steps:
+        raise ValueError(f"{folder} holds {last.name}, later than step {trainer.steps}; give another folder, or remove it")
+    if keep < 1:
+        raise ValueError(f"keep={keep} is not accepted; give an integer >= 1")
     partial = target.with_name(target.name + ".partial")
     state = {f"{kind}/{name}": t.detach() for name, held in trainer.optimizer.state().items() for kind, t in held.items()}
     if dist.get_rank() == 0:
@@ -128,13 +135,14 @@ def load(path: str | Path, trainer: Trainer) -> None:
     ValueError, one line, if the model is another one.
     """
     path, pieces = Path(path), trainer.pieces
+    steps = steps_of(path)
     reader = dcp.FileSystemReader(path)
     _check(reader.read_metadata(), {f"{kind}/{name}": p.shape for name, p in pieces.items() for kind in KINDS}, path)
     wide = torch.promote_types(next(trainer.stages[0].parameters()).dtype, torch.float32)
     state = {f"{kind}/{name}": torch.zeros(p.local_shape, dtype=wide) for name, p in pieces.items() for kind in KINDS}
     dcp.load(state, storage_reader=reader, planner=_Load(pieces))
-    trainer.steps = steps_of(path)
-    trainer.optimizer.load({name: {kind: state[f"{kind}/{name}"] for kind in KINDS} for name in pieces}, trainer.steps)
+    trainer.optimizer.load({name: {kind: state[f"{kind}/{name}"] for kind in KINDS} for name in pieces}, steps)
+    trainer.steps = steps
 
 
 def read(path: str | Path, model: Transformer) -> Transformer:

@@ -6,19 +6,21 @@ Each replica has its own micro-batches; gradients are averaged over replicas, th
 
 from __future__ import annotations
 
-from typing import Iterator, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import distribute_tensor
 
+from gpt4lib.distributed.flat import Flat, decays, squared_norm
 from gpt4lib.distributed.grid import Groups
 from gpt4lib.distributed.layout import Piece, Stage
-from gpt4lib.distributed.tensor import gather_into, scatter_into
 from gpt4lib.specs.workload import ParallelPlan
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+KINDS = ("weight", *MOMENTS)
 
 
 class AdamW(NamedTuple):
@@ -32,143 +34,6 @@ class AdamW(NamedTuple):
     def over(self, parameters: list[nn.Parameter]) -> torch.optim.AdamW:
         # fused: one pass over a long vector, where the default makes eight; decay is ours, by parameter
         return torch.optim.AdamW(parameters, self.lr, self.betas, self.eps, weight_decay=0, fused=True)
-
-
-class Segment(NamedTuple):
-    """A parameter's place in the flat vector."""
-    name: str
-    parameter: nn.Parameter
-    start: int
-    stop: int
-
-
-class Flat:
-    """Parameters as one vector of weights and one of gradients, in buckets that are reduced as soon as they are complete.
-
-    The vectors are padded to n equal shards. With `zero`, a rank keeps the optimizer's state of its shard only: 1/n of
-    every bucket. A gradient is added to the vector in `gradient_dtype` after each backward pass of a micro-batch; when
-    all `n_micro` are in, the bucket starts its all-reduce, or reduce-scatter, while the backward pass goes on.
-    """
-
-    def __init__(self, named: list[tuple[str, nn.Parameter]], pieces: dict[str, Piece], group: dist.ProcessGroup, *,
-                 zero: bool, n_micro: int, replicas: int, gradient_dtype: torch.dtype, bucket_bytes: int) -> None:
-        self.pieces, self.group, self.zero, self.n_micro, self.replicas = pieces, group, zero, n_micro, replicas
-        self.n, self.rank = dist.get_world_size(group), dist.get_rank(group)
-        self.segments, length = [], 0
-        for name, p in reversed(named):                        # gradients arrive from the last layer to the first
-            self.segments.append(Segment(name, p, length, length + p.numel()))
-            length += p.numel()
-        self.length, like = length, named[0][1]
-        padded = -(-length // self.n) * self.n
-        self.weights = like.new_zeros(padded)
-        self.gradients = torch.zeros(padded, dtype=gradient_dtype, device=like.device)
-        step = max(bucket_bytes // self.gradients.element_size() // self.n, 1) * self.n
-        self.buckets = [(a, min(a + step, padded)) for a in range(0, padded, step)]
-        for _, p, start, stop in self.segments:
-            self.weights[start:stop] = p.detach().flatten()
-            p.data = self.weights[start:stop].view_as(p)
-            p.register_post_accumulate_grad_hook(self._arrived)
-        self.place = {id(s.parameter): s for s in self.segments}
-        # the same memory as the weights where those are whole and fp32 already
-        self.master = nn.Parameter(self.shard(self.weights).to(torch.promote_types(like.dtype, torch.float32)))
-        self.restart()
-
-    def shard(self, vector: Tensor) -> Tensor:
-        """The rank's part of every bucket, one after the other; the whole vector itself without ZeRO."""
-        parts = [vector[a:b] for a, b in self._mine()]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _mine(self) -> list[tuple[int, int]]:
-        """Where the rank's parts lie in the vector."""
-        if not self.zero:
-            return [(0, self.length)]
-        return [(a + (b - a) // self.n * self.rank, a + (b - a) // self.n * (self.rank + 1)) for a, b in self.buckets]
-
-    def restart(self) -> None:
-        self.gradients.zero_()
-        self.seen = {s.name: 0 for s in self.segments}
-        self.works: list = []
-
-    def _arrived(self, p: nn.Parameter) -> None:
-        s = self.place[id(p)]
-        self.gradients[s.start:s.stop].add_(p.grad.flatten())
-        p.grad = None
-        self.seen[s.name] += 1
-        if self.seen[s.name] == self.n_micro:
-            self._launch()
-
-    def _ready(self, s: Segment) -> bool:
-        return self.seen[s.name] >= self.n_micro and not self.pieces[s.name].partial
-
-    def _launch(self, force: bool = False) -> None:
-        """Start reducing every next bucket whose gradients are final; always in the same order on all ranks."""
-        while self.n > 1 and len(self.works) < len(self.buckets):
-            a, b = self.buckets[len(self.works)]
-            if not force and not all(self._ready(s) for s in self.segments if s.start < b and s.stop > a):
-                return
-            if self.zero:
-                mine = torch.empty((b - a) // self.n, dtype=self.gradients.dtype, device=self.gradients.device)
-                work = scatter_into(mine, self.gradients[a:b], group=self.group, async_op=True)
-            else:
-                mine, work = None, dist.all_reduce(self.gradients[a:b], group=self.group, async_op=True)
-            self.works.append((work, mine))
-
-    def partial_gradients(self) -> Iterator[tuple[Piece, Tensor]]:
-        for name, _, start, stop in self.segments:
-            yield self.pieces[name], self.gradients[start:stop]
-
-    def reduce(self) -> None:
-        """Start what is left, wait for all, and give the mean over replicas to the optimizer."""
-        self._launch(force=True)
-        for (work, mine), (a, b) in zip(self.works, self.buckets):
-            work.wait()
-            if mine is not None:                               # back into the vector: no second buffer of that size
-                self.gradients[a + self.rank * len(mine):a + (self.rank + 1) * len(mine)] = mine
-        self.master.grad = self.shard(self.gradients).to(self.master.dtype).div_(self.replicas)
-
-    def _parts(self) -> Iterator[tuple[Segment, slice]]:
-        """Every parameter with its places in the shard."""
-        offset = 0
-        for a, b in self._mine():
-            for s in self.segments:
-                lo, hi = max(s.start, a), min(s.stop, b)
-                if lo < hi:
-                    yield s, slice(offset + lo - a, offset + hi - a)
-            offset += b - a
-
-    def norm_squared(self) -> Tensor:
-        """Of the gradients that this rank answers for: summed over all ranks, each counts once."""
-        mine = [squared_norm(self.master.grad[part]) for s, part in self._parts()
-                if self.pieces[s.name].owned and (self.zero or self.rank == 0)]
-        return sum(mine, self.master.new_zeros((), dtype=torch.float64))
-
-    def decay(self, factor: float) -> None:
-        for s, part in self._parts():
-            if s.parameter.dim() > 1:
-                self.master.data[part].mul_(1 - factor)
-
-    def publish(self) -> None:
-        """The stepped weights back into the model: with ZeRO every rank gathers the others' shards."""
-        offset = 0
-        for a, b in self._mine() if self.master.data_ptr() != self.weights.data_ptr() else ():
-            self.weights[a:b] = self.master.data[offset:offset + b - a]
-            offset += b - a
-        if self.zero:
-            for a, b in self.buckets:
-                part = (b - a) // self.n
-                mine = self.weights[a + part * self.rank:a + part * (self.rank + 1)].clone()
-                gather_into(self.weights[a:b], mine, group=self.group)
-
-    def whole(self, shard: Tensor) -> Tensor:
-        """A shard-sized vector of the optimizer, gathered from all ranks, in the order of `segments`."""
-        if not self.zero:
-            return shard
-        out, offset = shard.new_empty(len(self.weights)), 0
-        for a, b in self.buckets:
-            part = (b - a) // self.n
-            gather_into(out[a:b], shard[offset:offset + part].contiguous(), group=self.group)
-            offset += part
-        return out
 
 
 class Replicated:
@@ -185,6 +50,10 @@ class Replicated:
                            gradient_dtype=gradient_dtype, bucket_bytes=bucket_bytes)
                       for pairs, group in zip(apart, (groups.dp, groups.outer)) if pairs]
         self.optimizer = adamw.over([flat.master for flat in self.flats])
+
+    def restart(self) -> None:
+        for flat in self.flats:
+            flat.restart()
 
     def before_backward(self, stage: Stage, last: bool) -> None:
         """Nothing to prepare: buckets count their micro-batches."""
@@ -205,16 +74,19 @@ class Replicated:
         self.optimizer.step()
         for flat in self.flats:
             flat.publish()
-            flat.restart()
-            flat.master.grad = None
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """Parameter -> its fp32 "weight" and moments, whole over replicas; collective over data-parallel ranks."""
+        """Parameter -> its fp32 "weight" and moments, on the host; collective over data-parallel ranks.
+
+        Each is gathered whole over replicas, so for a while a rank's host holds 12 bytes for each of its parameters.
+        On a CPU without ZeRO they are the optimizer's own tensors, which the next step changes.
+        """
         found: dict[str, dict[str, Tensor]] = {}
         for flat in self.flats:
             kept = self.optimizer.state.get(flat.master, {})
-            for kind, shard in [("weight", flat.master.data), *((m, kept.get(m, torch.zeros_like(flat.master))) for m in MOMENTS)]:
-                vector = flat.whole(shard.detach())
+            for kind in KINDS:
+                shard = flat.master.detach() if kind == "weight" else kept.get(kind, torch.zeros_like(flat.master))
+                vector = flat.whole(shard).cpu()
                 for name, p, start, stop in flat.segments:
                     found.setdefault(name, {})[kind] = vector[start:stop].view_as(p)
         return found
@@ -223,14 +95,14 @@ class Replicated:
         """Take over what `state` gave, after `step` steps of the optimizer."""
         for flat in self.flats:
             kept = self.optimizer.state[flat.master] = {"step": torch.tensor(float(step), device=flat.master.device)}
-            for kind in ("weight", *MOMENTS):
+            for kind in KINDS:
                 vector = torch.zeros_like(flat.weights, dtype=flat.master.dtype)
                 for name, _, start, stop in flat.segments:
                     vector[start:stop] = state[name][kind].flatten()
                 if kind == "weight":
                     flat.master.data.copy_(flat.shard(vector))
                 else:
-                    kept[kind] = flat.shard(vector)
+                    kept[kind] = flat.shard(vector).clone()            # a shard, not a window on the whole
             flat.publish()
 
 
@@ -241,8 +113,9 @@ class FullySharded:
     def __init__(self, stages: list[Stage], pieces: dict[str, Piece], plan: ParallelPlan, groups: Groups, adamw: AdamW = AdamW(),
                  dtype: torch.dtype = torch.float32) -> None:
         self.stages, self.pieces, self.adamw, self.groups, self.ep = stages, pieces, adamw, groups, plan.ep
-        mesh = groups.mesh["outer", "inner"] if plan.shard else groups.mesh["outer", "inner"]._flatten("dp")
+        mesh = groups.mesh["outer", "inner"] if plan.shard else groups.replicas
         wide = torch.promote_types(dtype, torch.float32)
+        # under a pipeline weights stay gathered from a forward pass to the next backward one, as torchtitan has them
         policy = dict(mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=wide), reshard_after_forward=plan.pp == 1)
         for stage in stages:
             for layer in stage.layers.values():
@@ -253,8 +126,11 @@ class FullySharded:
         self.named = [pair for stage in stages for pair in stage.named_parameters()]
         self.optimizer = adamw.over([p for _, p in self.named])
 
+    def restart(self) -> None:
+        self.optimizer.zero_grad()
+
     def before_backward(self, stage: Stage, last: bool) -> None:
-        """Gradients of a step are reduced once, with the last micro-batch."""
+        """Gradients of a step are reduced once, with the last micro-batch; until then each rank keeps them whole."""
         stage.set_requires_gradient_sync(last)
         stage.set_is_last_backward(last)
 
@@ -273,32 +149,28 @@ class FullySharded:
     @torch.no_grad()
     def step(self, scale: float, lr: float) -> None:
         self.optimizer.param_groups[0]["lr"] = lr
-        for _, p in self.named:
+        for name, p in self.named:
             p.grad.mul_(scale)
-            if p.dim() > 1:
+            if decays(name, p):
                 p.mul_(1 - lr * self.adamw.decay)
         self.optimizer.step()
-        self.optimizer.zero_grad()
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        return {name: {"weight": p.detach().full_tensor(),
-                       **{m: self.optimizer.state[p][m].full_tensor() if p in self.optimizer.state else torch.zeros(
-                           p.shape, dtype=p.dtype, device=p.device) for m in MOMENTS}} for name, p in self.named}
+        """As in `Replicated`, gathered one parameter at a time."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for name, p in self.named:
+            kept = {"weight": p.detach(), **self.optimizer.state.get(p, {m: torch.zeros_like(p) for m in MOMENTS})}
+            found[name] = {kind: kept[kind].full_tensor().detach().cpu() for kind in KINDS}
+        return found
 
     @torch.no_grad()
     def load(self, state: dict[str, dict[str, Tensor]], step: int) -> None:
-        from torch.distributed.tensor import distribute_tensor
         for name, p in self.named:
-            whole = {kind: distribute_tensor(t.to(p.device, p.dtype), p.device_mesh, p.placements) for kind, t in state[name].items()}
-            p.copy_(whole["weight"])
-            self.optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device), **{m: whole[m] for m in MOMENTS}}
-
-
-def squared_norm(x: Tensor, row: int = 4096) -> Tensor:
-    """The sum of squares of a vector, fp64: in x's own precision within short rows, so without a wide copy of x."""
-    whole = len(x) // row * row
-    rows = torch.linalg.vector_norm(x[:whole].view(-1, row), dim=1)
-    return rows.double().square().sum() + x[whole:].double().square().sum()
+            # every rank holds the whole tensor: nothing to send
+            part = {kind: distribute_tensor(t.to(p.device, p.dtype), p.device_mesh, p.placements, src_data_rank=None)
+                    for kind, t in state[name].items()}
+            p.copy_(part["weight"])
+            self.optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device), **{m: part[m] for m in MOMENTS}}
 
 
 def sum_partial(gradients: list[tuple[Piece, Tensor]], groups: Groups) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from gpt4lib.specs.model import ModelSpec
@@ -83,9 +84,11 @@ class ProcessGrid:
 
 @dataclass(frozen=True)
 class Groups:
-    """What one rank talks through. None where it would be alone; `mesh` is the grid as PyTorch's DeviceMesh."""
+    """What one rank talks through. None where it would be alone; the meshes are the same groups as PyTorch's DeviceMesh."""
     at: dict[str, int]
-    mesh: "DeviceMesh"
+    grid: ProcessGrid
+    mesh: "DeviceMesh"                   # all of AXES
+    replicas: "DeviceMesh"               # outer and inner as one dimension
     dp: "ProcessGroup"
     outer: "ProcessGroup"
     inner: "ProcessGroup | None"
@@ -95,29 +98,32 @@ class Groups:
     edges: dict[tuple[str, int], Any]    # ("F" or "B", sending stage) -> the two ranks of that link, one way
 
 
-def connect(plan: ParallelPlan, spec: ModelSpec, device: str = "cpu") -> Groups:
+def connect(plan: ParallelPlan, spec: ModelSpec, device: str = "cpu", timeout: timedelta | None = None) -> Groups:
     """The process groups of a plan; every rank of the initialised world calls it.
 
-    Each link of the pipeline, forward and backward, is a group of its own: NCCL runs the transfers of one group in
-    order, so two ranks that first send to each other through the same one would wait for ever.
+    A peer that is silent for `timeout` (None: PyTorch's 10 to 30 minutes) is an error. Each link of the pipeline, forward
+    and backward, is a group of its own: NCCL runs the transfers of one group in order, so two ranks that first send to
+    each other through the same one would wait for ever.
     """
+    import torch
     import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.device_mesh import DeviceMesh
     grid = ProcessGrid.of(plan)
-    mesh = init_device_mesh(device, grid.shape, mesh_dim_names=AXES)
     at = grid.coordinates(dist.get_rank())
 
     def own(ranks: list[list[int]]) -> Any:
         """Create all these groups, on every rank in the same order; this rank's, or None."""
-        groups = [dist.new_group(r) for r in ranks]
+        groups = [dist.new_group(r, timeout=timeout) for r in ranks]
         return next((g for g, r in zip(groups, ranks) if dist.get_rank() in r), None)
 
-    pipelines = grid.groups("pp")
+    axes = [own(grid.groups(axis)) for axis in AXES]
+    mesh = DeviceMesh.from_group(axes, device, mesh=torch.arange(grid.world_size).view(grid.shape), mesh_dim_names=AXES)
+    dp, pipelines = own(grid.groups("dp")), grid.groups("pp")
     edges = {(kind, s): own([[ranks[s], ranks[(s + step) % plan.pp]] for ranks in pipelines])
              for kind, step in (("F", 1), ("B", -1)) for s in range(plan.pp)} if plan.pp > 1 else {}
     ends = own([[r[0], r[-1]] for r in pipelines]) if plan.pp > 1 and spec.tied else None
     heads = spec.n_kv_heads
     sharers = plan.tp // heads if spec.latent is None and heads < plan.tp else 1
     kv = own([r[i:i + sharers] for r in grid.groups("tp") for i in range(0, plan.tp, sharers)]) if sharers > 1 else None
-    return Groups(at, mesh, own(grid.groups("dp")), mesh.get_group("outer"), mesh.get_group("inner") if grid.inner > 1 else None,
-                  mesh.get_group("tp") if plan.tp > 1 else None, kv, ends if at["pp"] in (0, plan.pp - 1) else None, edges)
+    return Groups(at, grid, mesh, DeviceMesh.from_group(dp, device, mesh_dim_names=("dp",)), dp, axes[1],
+                  axes[2] if grid.inner > 1 else None, axes[3] if plan.tp > 1 else None, kv, ends, edges)

@@ -70,6 +70,8 @@ def launch(n: int, target: Callable[..., Any], *args: Any, timeout_seconds: floa
     naming the rank when one raises, dies or is not done within `timeout_seconds`; the others are stopped.
     """
     if target.__module__ == "__main__" and not hasattr(sys.modules["__main__"], "__file__"):
+        if not target.__name__.isidentifier():
+            raise ValueError("a lambda of a notebook cannot be sent to another process; give a function made with def")
         target = (target.__name__, inspect.getsource(target))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["gpt4lib.distributed.trainer", "torch._dynamo"])     # which every optimizer imports

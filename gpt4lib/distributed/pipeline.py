@@ -29,12 +29,14 @@ class StepRecord:
 class Pipeline:
     """Runs the forward and backward passes of one step on this rank's chunks of the model.
 
-    `stages` are the rank's chunks in order, `dtype` that of hidden states; gradients are left in `.grad`, of the loss averaged over micro-batches.
-    A pipeline of one stage is plain gradient accumulation. `balance` weights the mixture layers' balance loss, each
-    counted over all replicas of the micro-batch.
+    `stages` are the rank's chunks in order, `dtype` that of hidden states; gradients go to the optimizer, of the loss
+    averaged over micro-batches. A pipeline of one stage is plain gradient accumulation. `balance` weights the mixture
+    layers' balance loss, each counted over all replicas of the micro-batch. Recorded times are the host's: on CUDA, when
+    work was queued.
     """
 
-    def __init__(self, stages: list[Stage], optimizer: Replicated | FullySharded, dtype: torch.dtype, balance: float = 0.0) -> None:
+    def __init__(self, stages: list[Stage], optimizer: Replicated | FullySharded, dtype: torch.dtype,
+                 balance: float = 0.0) -> None:
         self.stages, self.optimizer, self.dtype, self.balance = stages, optimizer, dtype, balance
         self.plan, self.groups, self.spec = stages[0].plan, stages[0].groups, stages[0].spec
         plan = self.plan
@@ -56,6 +58,7 @@ class Pipeline:
             self.record.spans.append(Span(self.rank, action, self.start, time.perf_counter()))
         for work, _ in self.sends:                       # until here the buffers have to live
             work.wait()
+        self.record.loss, self.record.balance = float(self.record.loss), float(self.record.balance)
         return self.record
 
     def _forward(self, action: Action) -> None:
@@ -67,12 +70,12 @@ class Pipeline:
         extra = None
         if seen:
             balance = sum(balance_loss(r, group=self.groups.dp) for r in seen)
-            self.record.balance += balance.item() / self.plan.n_micro_batches
+            self.record.balance += balance.detach() / self.plan.n_micro_batches
             # a router stands inside a region, where gradients are summed over the tensor-parallel ranks
             extra = balance * (self.balance / self.moe_layers / self.plan.n_micro_batches / self.plan.tp)
         if stage.last:
             out = stage.loss(out, self.batches[1][m]) / self.plan.n_micro_batches      # once, before backward
-            self.record.loss += out.item()
+            self.record.loss += out.detach()                                             # no .item(): that would wait
         else:
             self._send("F", out)
         self.saved[m, c] = x, out, extra
@@ -90,16 +93,16 @@ class Pipeline:
 
     def _send(self, kind: str, x: Tensor) -> None:
         x = x.detach().contiguous()
-        peer = self._global(self.rank + (1 if kind == "F" else -1))
+        peer = self._peer(self.rank + (1 if kind == "F" else -1))
         self.sends.append((dist.isend(x, peer, group=self.groups.edges[kind, self.rank]), x))
 
     def _receive(self, kind: str) -> Tensor:
         stage = (self.rank + (-1 if kind == "F" else 1)) % self.plan.pp
         x = torch.empty(self.hidden, device=self.device, dtype=self.dtype)
-        dist.recv(x, self._global(stage), group=self.groups.edges[kind, stage])
+        dist.recv(x, self._peer(stage), group=self.groups.edges[kind, stage])
         self.start = time.perf_counter()                 # waiting is not work
         return x
 
-    def _global(self, stage: int) -> int:
-        """The rank of another stage of this pipeline."""
-        return dist.get_rank() + (stage % self.plan.pp - self.rank) * self.plan.dp * self.plan.tp
+    def _peer(self, stage: int) -> int:
+        """The rank of another stage of this pipeline; past the last comes the first."""
+        return self.groups.grid.rank(stage % self.plan.pp, self.groups.at["dp"], self.groups.at["tp"])

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, Sequence
 
-KINDS = ("gpipe", "1f1b")
+from gpt4lib.specs.workload import SCHEDULES
 
 
 class Action(NamedTuple):
@@ -34,9 +34,9 @@ class Span(NamedTuple):
 class Schedule:
     """In which order each stage of a pipeline works.
 
-    "gpipe": all forwards, then all backwards (Huang et al. 2018, arXiv:1811.06965). "1f1b": one forward, one
-    backward as soon as possible, so a stage holds few micro-batches (Narayanan et al. 2019, PipeDream, SOSP);
-    with n_chunks > 1 interleaved: stage s also owns layers further on, as chunks s, s + p, s + 2p, ...
+    "gpipe": all forwards, then all backwards (Huang et al. 2019, arXiv:1811.06965). "1f1b": one forward, one
+    backward as soon as possible, so a stage holds few micro-batches (PipeDream-Flush, Narayanan et al. 2021,
+    arXiv:2006.09503); with n_chunks > 1 interleaved: stage s also owns layers further on, as chunks s, s + p, s + 2p, ...
     (Narayanan et al. 2021, arXiv:2104.04473, section 2.2.2). Any number of micro-batches, fewer than stages too.
     """
     n_stages: int
@@ -48,8 +48,8 @@ class Schedule:
         for name in ("n_stages", "n_micro", "n_chunks"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not accepted; give an integer >= 1")
-        if self.kind not in KINDS:
-            raise ValueError(f"schedule={self.kind!r} is not known; accepted: {', '.join(KINDS)}")
+        if self.kind not in SCHEDULES:
+            raise ValueError(f"schedule={self.kind!r} is not known; accepted: {', '.join(SCHEDULES)}")
 
     @cached_property
     def rounds(self) -> list[range]:
@@ -130,7 +130,8 @@ class Schedule:
                     spans.append(Span(stage, action, start, clock[stage]))
                     moved = True
             if not moved:
-                raise ValueError("deadlock: " + ", ".join(f"stage {s} waits at {left[-1]}" for s, left in enumerate(todo) if left))
+                stuck = (f"stage {s} waits at {left[-1]}" for s, left in enumerate(todo) if left)
+                raise ValueError("deadlock: " + ", ".join(stuck))
         return spans
 
     def idle(self, stage: int, forward: float = 1, backward: float = 2) -> float:

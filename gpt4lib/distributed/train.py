@@ -7,6 +7,8 @@ import json
 import math
 import sys
 import time
+from datetime import timedelta
+from pathlib import Path
 from typing import Any, Sequence
 
 import torch
@@ -20,13 +22,15 @@ from gpt4lib.distributed.grid import ProcessGrid
 from gpt4lib.distributed.layout import check
 from gpt4lib.distributed.trainer import StepResult, Trainer
 from gpt4lib.nn import data
+from gpt4lib.nn.numerics import positive
 from gpt4lib.profiling import count_wire, forward_flop
 from gpt4lib.specs.hardware import DeviceSpec
 from gpt4lib.specs.model import ModelSpec
 from gpt4lib.specs.workload import RECOMPUTE, SCHEDULES, ParallelPlan
 
 # What is trained when nobody says what: GPT-4's shape as reported, at a size for one core.
-TOY = ModelSpec("toy", n_layers=4, d_model=64, n_heads=4, n_kv_heads=1, d_ff=128, vocab_size=256, context=256, n_experts=4, top_k=2)
+TOY = ModelSpec("toy", n_layers=4, d_model=64, n_heads=4, n_kv_heads=1, d_ff=128, vocab_size=256, context=256,
+                n_experts=4, top_k=2)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
@@ -53,7 +57,7 @@ def parser() -> Parser:
     p.add_argument("--balance", type=float, default=0.01, help="weight of the experts' balance loss")
     p.add_argument("--dtype", default="fp32", help=f"of weights and activations: {', '.join(DTYPES)}; masters are fp32 at least")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--data", help="a file of bytes, or of uint16 tokens (.bin); Python's own documentation and library if not given")
+    p.add_argument("--data", help="a file of bytes, or of uint16 tokens (.bin); if not given, Python's documentation")
     p.add_argument("--checkpoint", help="folder to resume from and to save in, seen by all processes")
     p.add_argument("--save-every", type=int, default=50, help="steps")
     p.add_argument("--metrics", help="file that gets one JSON line a step")
@@ -69,16 +73,26 @@ def settle(args: argparse.Namespace, here: launch.Place) -> tuple[ModelSpec, Par
     if args.dtype not in DTYPES:
         raise ValueError(f"dtype={args.dtype!r} is not known; accepted: {', '.join(DTYPES)}")
     if args.device not in ("cpu", "cuda") or (args.device == "cuda" and torch.cuda.device_count() <= here.local_rank):
-        raise ValueError(f"--device {args.device} is not here for local rank {here.local_rank}; accepted: cpu, or cuda with a GPU a process")
+        raise ValueError(f"--device {args.device} is not here for local rank {here.local_rank}; accepted: cpu, or cuda with a "
+                         f"GPU a process")
     for name in ("dp", "micro_batch", "seq_len", "steps", "save_every", "timeout"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value} is not accepted; give a number >= 1")
+    for name in ("lr", "clip"):
+        positive(f"--{name}", getattr(args, name))
+    for name in ("warmup", "balance"):
+        if not getattr(args, name) >= 0:
+            raise ValueError(f"--{name} {getattr(args, name)} is not accepted; give a number >= 0")
+    if args.metrics and not Path(args.metrics).absolute().parent.is_dir():
+        raise ValueError(f"--metrics {args.metrics}: its folder does not exist; make it first")
     dp = args.dp or max(here.world_size // max(args.tp * args.pp, 1), 1)
     if args.global_batch < 1 or args.global_batch % (args.micro_batch * dp):
-        raise ValueError(f"global_batch={args.global_batch} is not divisible by micro_batch={args.micro_batch} x dp={dp}; change one")
-    plan = ParallelPlan(tp=args.tp, pp=args.pp, dp=dp, ep=args.ep, zero_stage=args.zero, shard=args.shard, micro_batch=args.micro_batch,
-                        n_micro_batches=args.global_batch // (args.micro_batch * dp), recompute=args.recompute,
-                        sequence_parallel=args.sequence_parallel, schedule=args.schedule, n_chunks=args.chunks)
+        raise ValueError(f"global_batch={args.global_batch} is not divisible by micro_batch={args.micro_batch} x dp={dp}; "
+                         f"change one")
+    plan = ParallelPlan(tp=args.tp, pp=args.pp, dp=dp, ep=args.ep, zero_stage=args.zero, shard=args.shard,
+                        micro_batch=args.micro_batch, n_micro_batches=args.global_batch // (args.micro_batch * dp),
+                        recompute=args.recompute, sequence_parallel=args.sequence_parallel, schedule=args.schedule,
+                        n_chunks=args.chunks)
     ProcessGrid.of(plan).check(here.world_size, here.per_node)
     check(spec, plan, args.seq_len)
     if args.hardware:
@@ -136,7 +150,7 @@ def run(args: argparse.Namespace, spec: ModelSpec, plan: ParallelPlan, tokens: T
     """Train in the initialised world."""
     device = f"cuda:{torch.cuda.current_device()}" if args.device == "cuda" else "cpu"
     trainer = Trainer(spec, plan, args.seq_len, adamw=AdamW(args.lr, clip=args.clip), balance=args.balance if spec.is_moe else 0,
-                      seed=args.seed, dtype=DTYPES[args.dtype], device=device)
+                      seed=args.seed, dtype=DTYPES[args.dtype], device=device, timeout=timedelta(seconds=args.timeout))
     if args.checkpoint and (found := checkpoint.latest(args.checkpoint)):
         checkpoint.load(found, trainer)
     report, first = Report(args, spec, plan), trainer.steps
@@ -145,9 +159,7 @@ def run(args: argparse.Namespace, spec: ModelSpec, plan: ParallelPlan, tokens: T
         # every rank draws where all sequences of this step start, and reads its own
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         starts = torch.randint(len(tokens) - args.seq_len, (plan.global_batch,), generator=generator)
-        rows = [data.at(tokens, mine.cpu(), args.seq_len).to(device) for mine in trainer.rows(starts)]
-        if (top := max(int(r.max()) for r in rows)) >= spec.vocab_size:
-            raise ValueError(f"the data holds token {top}; {spec.name} has vocab_size={spec.vocab_size}")
+        rows = [data.at(tokens, mine, args.seq_len) for mine in trainer.rows(starts)]
         sent = None
         if step == first:                                            # counting slows every operator: one step is enough
             with count_wire() as wire:
@@ -156,8 +168,6 @@ def run(args: argparse.Namespace, spec: ModelSpec, plan: ParallelPlan, tokens: T
             dist.all_gather_object(sent, wire.sent())
         else:
             _, result = trainer.step(rows, lr)
-        if not math.isfinite(result.loss):
-            raise FloatingPointError(f"loss is {result.loss} at step {step + 1}; lower --lr or --clip")
         report(trainer.steps, result, lr, time.perf_counter() - start, sent)
         if args.checkpoint and (trainer.steps % args.save_every == 0 or trainer.steps == args.steps):
             checkpoint.save(args.checkpoint, trainer)
@@ -177,6 +187,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             who = f"rank {here.rank}: " if dist.is_initialized() else ""
             sys.stderr.write(f"gpt4lib.distributed.train: {who}{' '.join(str(error).split())}\n")
         return 2
+    except KeyboardInterrupt:
+        return 130
     except Exception as error:
         sys.stderr.write(f"rank {here.rank} of {here.world_size} failed: {type(error).__name__}: {error}\n")
         raise

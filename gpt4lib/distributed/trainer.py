@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
@@ -27,16 +29,21 @@ class StepResult(NamedTuple):
 class Trainer:
     """A model laid out by `plan` over the initialised world, with its optimizer.
 
-    bfloat16 weights have fp32 masters and gradients; `gradient_dtype` changes the latter. ValueError, one line, for a
-    plan or a sequence length that does not fit.
+    bfloat16 weights have fp32 masters and gradients; `gradient_dtype` changes the latter. Noise (a router's jitter) is
+    drawn from the seed, the step and the replica: the same on ranks that hold the same tokens, and again after a resume
+    in the same layout. ValueError, one line, for a plan, a sequence length or a batch that does not fit;
+    FloatingPointError, before anything is changed, when a gradient is not finite.
     """
 
     def __init__(self, spec: ModelSpec, plan: ParallelPlan, seq_len: int, *, adamw: AdamW = AdamW(), balance: float = 0.0,
                  seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu", numerics: Numerics = Numerics(),
-                 gradient_dtype: torch.dtype | None = None, bucket_bytes: int = 25 * 2**20) -> None:
+                 gradient_dtype: torch.dtype | None = None, bucket_bytes: int = 25 * 2**20,
+                 timeout: timedelta | None = None) -> None:
         check(spec, plan, seq_len)
+        if plan.zero_stage == 3 and gradient_dtype is not None:
+            raise ValueError(f"gradient_dtype={gradient_dtype} is not accepted with zero_stage 3, which sums in fp32; leave it out")
         self.spec, self.plan, self.seq_len, self.adamw, self.device, self.seed = spec, plan, seq_len, adamw, device, seed
-        self.groups = connect(plan, spec, torch.device(device).type)
+        self.groups = connect(plan, spec, torch.device(device).type, timeout)
         sharded = plan.zero_stage == 3
         self.stages, self.pieces = build(spec, plan, self.groups, seed=seed, numerics=numerics, device=device,
                                          dtype=torch.promote_types(dtype, torch.float32) if sharded else dtype)
@@ -52,17 +59,23 @@ class Trainer:
             raise ValueError(f"a batch of {len(batch)} is not micro_batch={plan.micro_batch} x n_micro_batches="
                              f"{plan.n_micro_batches} x dp={plan.dp}; give {plan.global_batch} sequences")
         mine = batch.view(plan.n_micro_batches, plan.dp, plan.micro_batch, *batch.shape[1:])[:, self.groups.at["dp"]]
-        return list(mine.to(self.device))
+        return list(mine)
 
     def backward(self, batch: Tensor | list[Tensor]) -> tuple[StepRecord, StepResult]:
         """Forward and backward of int64 [global_batch, seq_len + 1], gradients reduced and waiting for `step`.
 
         A rank that has read its own `rows` already gives the list of them.
         """
-        # noise is the same on ranks that hold the same tokens, and a resumed run draws it again
-        torch.manual_seed(hash((self.seed, self.steps, self.groups.at["dp"], self.groups.at["pp"])) % 2**63)
-        micro = self.rows(batch) if isinstance(batch, Tensor) else batch
-        record = self.pipeline.step([m[:, :-1] for m in micro], [m[:, 1:] for m in micro])
+        micro = [m.to(self.device) for m in (self.rows(batch) if isinstance(batch, Tensor) else batch)]
+        low, high = torch.stack(micro).aminmax()
+        if low < 0 or high >= self.spec.vocab_size or micro[0].shape[1] != self.seq_len + 1:
+            raise ValueError(f"sequences of {micro[0].shape[1]} tokens from {low} to {high} are not accepted; give "
+                             f"seq_len + 1 = {self.seq_len + 1} of them, from 0 to vocab_size - 1 = {self.spec.vocab_size - 1}")
+        at = self.groups.at
+        self.optimizer.restart()
+        with torch.random.fork_rng([micro[0].device] if micro[0].is_cuda else []):
+            torch.manual_seed((self.seed * 1_000_003 + self.steps) * 2**20 + at["dp"] * 2**8 + at["pp"])
+            record = self.pipeline.step([m[:, :-1] for m in micro], [m[:, 1:] for m in micro])
         norm = self.optimizer.reduce()
         first = self.groups.at["tp"] == 0
         total = torch.tensor([first * record.loss / self.plan.dp, first * record.balance / self.plan.dp, norm.item()],
@@ -74,6 +87,9 @@ class Trainer:
     def step(self, batch: Tensor | list[Tensor], lr: float | None = None) -> tuple[StepRecord, StepResult]:
         """One optimizer step; the gradient is scaled down to `clip` where its global norm is larger."""
         record, result = self.backward(batch)
+        if not math.isfinite(result.gradient_norm):
+            raise FloatingPointError(f"the gradient's norm is {result.gradient_norm} at step {self.steps + 1}, with a loss of "
+                                     f"{result.loss:.4g}; the weights are as before: lower lr or clip, or skip these data")
         scale = min(1.0, self.adamw.clip / (result.gradient_norm + 1e-6))
         self.optimizer.step(scale, self.adamw.lr if lr is None else lr)
         self.steps += 1

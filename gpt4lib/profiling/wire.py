@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 COLLECTIVES = {"allreduce_": ("all_reduce", 0), "_reduce_scatter_base_": ("reduce_scatter", 1),
                "_allgather_base_": ("all_gather", 0), "allgather_": ("all_gather", 0),
                "alltoall_base_": ("all_to_all", 1), "send": ("send", 0), "broadcast_": ("broadcast", 0)}
+SILENT = ("recv_", "barrier", "monitored_barrier_")
 # the same collectives as DTensor and the functional API ask for them; the argument is the tensor put in
 FUNCTIONAL = {"all_reduce": "all_reduce", "all_reduce_": "all_reduce", "reduce_scatter_tensor": "reduce_scatter",
               "all_gather_into_tensor": "all_gather", "all_to_all_single": "all_to_all"}
@@ -44,7 +45,7 @@ class count_wire(TorchDispatchMode):
 
     A reduce-scatter or an all-gather passes n - 1 of n pieces on, an all-reduce is both, an all-to-all sends
     what is not its own, a send everything. `tests/profiling/test_wire.py` runs the same rings with single sends.
-    Receiving, barriers and the set-up of groups are not counted.
+    Receiving, barriers and the set-up of groups are not counted. NotImplementedError for a collective it does not know.
     """
 
     def __init__(self) -> None:
@@ -54,13 +55,17 @@ class count_wire(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(issubclass(t, DTensor) for t in types):
             return NotImplemented                              # DTensor first: the collectives it starts come back here
-        if func.namespace == "c10d" and name_of(func) in COLLECTIVES:
+        if func.namespace == "c10d" and name_of(func) not in SILENT:
+            if name_of(func) not in COLLECTIVES:
+                raise NotImplementedError(f"c10d.{name_of(func)} is not counted; accepted: {', '.join(COLLECTIVES)}")
             kind, which = COLLECTIVES[name_of(func)]
             group = next(g for a in args if isinstance(a, torch.ScriptObject)
                          and isinstance(g := dist.ProcessGroup.unbox(a), dist.ProcessGroup))
             self._note(kind, args[which], group, args)
         elif func.namespace == "_c10d_functional" and name_of(func) in FUNCTIONAL:
-            group = args[-1] if isinstance(args[-1], dist.ProcessGroup) else dist.distributed_c10d._resolve_process_group(args[-1])
+            group = args[-1]
+            if not isinstance(group, dist.ProcessGroup):
+                group = dist.distributed_c10d._resolve_process_group(group)
             self._functional(FUNCTIONAL[name_of(func)], args, group)
         return func(*args, **(kwargs or {}))
 

@@ -45,7 +45,8 @@ def alone(spec: ModelSpec, batches: list[Tensor], n_micro: int, balance: float =
           model: Transformer | None = None, adamw: AdamW = ADAMW) -> Run:
     """The oracle."""
     model = model or Transformer(spec).to(dtype)
-    alike = [[p for p in model.parameters() if (p.dim() > 1) is matrix] for matrix in (True, False)]
+    alike = [[p for name, p in model.named_parameters() if (p.dim() > 1 and not name.endswith("bias")) is matrix]
+             for matrix in (True, False)]
     optimizer = torch.optim.AdamW([dict(params=alike[0], weight_decay=adamw.decay), dict(params=alike[1], weight_decay=0)],
                                   adamw.lr, adamw.betas, adamw.eps)
     losses, balances, norms = [], [], []

@@ -25,7 +25,8 @@ def test_tensor_parallel_ranks_are_neighbours():
 
 @pytest.mark.parametrize("act, words", [
     (lambda: ProcessGrid(tp=0), "tp=0"), (lambda: ProcessGrid(2, 2).check(5), "needs 4 processes, there are 5"),
-    (lambda: ProcessGrid(3, 1).check(3, devices_per_node=8), "tp=3 does not divide the 8 devices"), (lambda: ProcessGrid(dp=6, inner=4), "dp=6 is not divisible by ep or shard 4"),
+    (lambda: ProcessGrid(3, 1).check(3, devices_per_node=8), "tp=3 does not divide the 8 devices"),
+    (lambda: ProcessGrid(dp=6, inner=4), "dp=6 is not divisible by ep or shard 4"),
     (lambda: ProcessGrid(2).coordinates(2), "rank=2"), (lambda: ProcessGrid().groups("xp"), "axis='xp'")])
 def test_misuse_is_named(act, words):
     with pytest.raises(ValueError, match=words):
