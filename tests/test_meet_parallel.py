@@ -1,6 +1,7 @@
 """Where the witnesses of parallel training meet: bytes on the wire, in flight, held; predicted == counted, on every rank."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from gpt4lib.analysis import collectives, memory, pipeline
 from gpt4lib.distributed.launch import launch
 from gpt4lib.distributed.trainer import Trainer
-from gpt4lib.profiling import count_wire
+from gpt4lib.profiling import Kept, count_wire
 from gpt4lib.specs import LatentAttention, ModelSpec
 from gpt4lib.specs.workload import ParallelPlan
 
@@ -105,3 +106,26 @@ def test_a_byte_less_would_be_noticed(counted):
     terms = collectives.training_step(MOE, plan, SEQ, 0, act_bytes=4, weight_bytes=4, gradient_bytes=4)  # without the balance loss
     assert sum(t.sent for t in terms) == sum(ranks[0]["sent"].values())                     # dp = 1: it sends nothing
     assert sum(t.sent for t in terms if t.what != "loss") < sum(ranks[0]["sent"].values())
+
+
+PLAIN = ModelSpec("plain", n_layers=4, d_model=16, n_heads=4, d_ff=40, vocab_size=40, context=16, positions="learned", tied=False)
+ACTIVATIONS = {"one": {}, "tp": dict(tp=2), "pp": dict(pp=2), "interleaved": dict(pp=2, n_chunks=2), "gpipe": dict(pp=2, schedule="gpipe")}
+
+
+def kept(plan):
+    trainer = Trainer(PLAIN, plan, SEQ)
+    counter = Kept(layer for stage in trainer.stages for layer in stage.layers.values())
+    trainer.step(torch.zeros(plan.global_batch, SEQ + 1, dtype=torch.long))
+    return trainer.groups.at["pp"], counter.peak, len(counter.now)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_kept_for_the_backward_pass(name):
+    """Fused attention keeps no scores; it keeps one number a head and token, a norm two a token: the formula leaves them out."""
+    plan = ParallelPlan(micro_batch=2, n_micro_batches=3, recompute="selective", **ACTIVATIONS[name])
+    for stage, peak, left in launch(plan.n_devices, kept, replace(plan, recompute="none")):
+        layers = plan.layers_of(PLAIN.n_layers, stage)
+        held = pipeline.in_flight(plan.pp, plan.n_micro_batches, stage, plan.n_chunks, plan.schedule) / plan.n_chunks
+        in_16_bit = sum(memory.layer_activation_bytes(PLAIN, plan, SEQ, i) for i in layers)
+        statistics = len(layers) * (2 * 2 + PLAIN.n_heads // plan.tp) * (2 * SEQ) * 4
+        assert (peak, left) == (held * (2 * in_16_bit + statistics), 0)
