@@ -76,13 +76,13 @@ def test_buckets_overlap_with_the_backward_pass_under_tensor_parallelism_too(spl
 def silent():
     """The second stage never answers; the first waits for its gradient in a group of two."""
     from torch import distributed as dist
-    it = trainer(ParallelPlan(pp=2, micro_batch=4), timeout=timedelta(seconds=3))
+    it = trainer(ParallelPlan(pp=2, micro_batch=4), timeout=timedelta(seconds=8))
     if dist.get_rank():
         time.sleep(60)
     start = time.monotonic()
     with pytest.raises(RuntimeError, match="(?i)tim(ed )?(e)?out|closed"):
         it.step(BATCH)
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 40
     raise RuntimeError("noticed")
 
 
