@@ -127,3 +127,25 @@ def abandoned(folder):
 
 def test_a_save_never_hides_behind_a_later_one(tmp_path):
     launch(1, abandoned, tmp_path)
+
+
+def noisy(folder):
+    """Losses of steps 2 and 3, straight on and after resuming from step 1, with a router that jitters its input."""
+    found = []
+    for resumed in (False, True):
+        it = trainer(ParallelPlan(tp=2, dp=2, micro_batch=2, zero_stage=1))
+        for layer in it.stages[0].layers.values():
+            layer.moe.router.jitter = 0.3
+        if resumed:
+            torch.manual_seed(99)                          # the caller's noise is somewhere else by then
+            checkpoint.load(checkpoint.latest(folder), it)
+        else:
+            it.step(BATCH)
+            checkpoint.save(folder, it)
+        found.append([it.step(BATCH)[1].loss for _ in range(2)])
+    return found
+
+
+def test_a_resumed_run_draws_the_same_noise(tmp_path):
+    for straight, resumed in launch(4, noisy, tmp_path):
+        assert straight == resumed and straight[0] != straight[1]
