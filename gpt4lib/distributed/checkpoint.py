@@ -1,7 +1,7 @@
 """Checkpoints of a training run, by torch.distributed.checkpoint: saved from any layout, loaded into any other.
 
-On disk every parameter is one whole tensor under the model's own name, written in pieces by the ranks that hold them,
-with its fp32 weight and both moments. A step is complete or absent: it is written beside and then renamed.
+On disk every parameter is one whole tensor under the model's own name, written in pieces by the ranks that hold them: the
+fp32 weights in one folder, the moments in two others, one after the other to spare the host's memory. A step is complete or absent: it is written beside and then renamed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class _Boxes:
         return next(c for c in self.chunks(index.fqn) if c.offsets == tuple(index.offset))
 
     def chunks(self, key: str) -> list[Chunk]:
-        return self.pieces[key.partition("/")[2]].chunks()
+        return self.pieces[key].chunks()
 
     def local(self, index: MetadataIndex) -> Tensor:
         box = self.box(index)
@@ -49,7 +49,7 @@ class _Save(_Boxes, dcp.DefaultSavePlanner):
     def create_local_plan(self) -> planner.SavePlan:
         items = []
         for key, tensor in self.state_dict.items():
-            shape = torch.Size(self.pieces[key.partition("/")[2]].shape)
+            shape = torch.Size(self.pieces[key].shape)
             for box in self.chunks(key):
                 where = ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes))
                 data = planner.TensorWriteData(where, TensorProperties.create_from_tensor(tensor), shape)
@@ -93,8 +93,7 @@ def steps_of(path: Path) -> int:
 def save(folder: str | Path, trainer: Trainer, keep: int = 2) -> Path:
     """Write the state after `trainer.steps` steps; collective. All ranks have to see the same `folder`.
 
-    Killed at any moment it leaves the earlier checkpoints as they were. Only the newest `keep` stay. Weights and moments
-    pass through the host's memory, see `Replicated.state`. ValueError if the folder holds a later step: it is another run's.
+    Killed at any moment it leaves the earlier checkpoints as they were. Only the newest `keep` stay. ValueError if the folder holds a later step: it is another run's.
     """
     target = Path(folder) / f"step-{trainer.steps:08d}"
     if (last := latest(folder)) and steps_of(last) > trainer.steps:
@@ -102,12 +101,12 @@ def save(folder: str | Path, trainer: Trainer, keep: int = 2) -> Path:
     if keep < 1:
         raise ValueError(f"keep={keep} is not accepted; give an integer >= 1")
     partial = target.with_name(target.name + ".partial")
-    state = {f"{kind}/{name}": t.detach() for name, held in trainer.optimizer.state().items() for kind, t in held.items()}
     if dist.get_rank() == 0:
         for old in Path(folder).glob("step-*.partial"):             # what a killed save left
             shutil.rmtree(old)
     dist.barrier()
-    dcp.save(state, storage_writer=dcp.FileSystemWriter(partial), planner=_Save(trainer.pieces))
+    for kind in KINDS:
+        dcp.save(trainer.optimizer.state(kind), storage_writer=dcp.FileSystemWriter(partial / kind), planner=_Save(trainer.pieces))
     if dist.get_rank() == 0:
         aside = target.with_name(target.name + ".old.partial")
         if target.exists():
@@ -136,19 +135,20 @@ def load(path: str | Path, trainer: Trainer) -> None:
     """
     path, pieces = Path(path), trainer.pieces
     steps = steps_of(path)
-    reader = dcp.FileSystemReader(path)
-    _check(reader.read_metadata(), {f"{kind}/{name}": p.shape for name, p in pieces.items() for kind in KINDS}, path)
     wide = torch.promote_types(next(trainer.stages[0].parameters()).dtype, torch.float32)
-    state = {f"{kind}/{name}": torch.zeros(p.local_shape, dtype=wide) for name, p in pieces.items() for kind in KINDS}
-    dcp.load(state, storage_reader=reader, planner=_Load(pieces))
-    trainer.optimizer.load({name: {kind: state[f"{kind}/{name}"] for kind in KINDS} for name in pieces}, steps)
+    for kind in KINDS:
+        reader = dcp.FileSystemReader(path / kind)
+        _check(reader.read_metadata(), {name: p.shape for name, p in pieces.items()}, path / kind)
+        state = {name: torch.zeros(p.local_shape, dtype=wide) for name, p in pieces.items()}
+        dcp.load(state, storage_reader=reader, planner=_Load(pieces))
+        trainer.optimizer.load(kind, state, steps)
     trainer.steps = steps
 
 
 def read(path: str | Path, model: Transformer) -> Transformer:
     """The weights of a checkpoint into a model on one process, which needs no process group."""
-    path = Path(path)
-    state = {f"weight/{name}": p.detach() for name, p in model.named_parameters()}
+    path = Path(path) / "weight"
+    state = {name: p.detach() for name, p in model.named_parameters()}
     reader = dcp.FileSystemReader(path)
     _check(reader.read_metadata(), {key: tuple(t.shape) for key, t in state.items()}, path)
     with warnings.catch_warnings(action="ignore"):                  # that one process is enough is what we want

@@ -75,35 +75,33 @@ class Replicated:
         for flat in self.flats:
             flat.publish()
 
-    def state(self) -> dict[str, dict[str, Tensor]]:
-        """Parameter -> its fp32 "weight" and moments, on the host; collective over data-parallel ranks.
+    def state(self, kind: str) -> dict[str, Tensor]:
+        """Parameter -> its fp32 "weight", "exp_avg" or "exp_avg_sq", on the host; collective over data-parallel ranks.
 
-        Each is gathered whole over replicas, so for a while a rank's host holds 12 bytes for each of its parameters.
-        On a CPU without ZeRO they are the optimizer's own tensors, which the next step changes.
+        It is gathered whole over replicas, so for a while a rank's host holds 4 bytes for each of its parameters. On a
+        CPU without ZeRO these are the optimizer's own tensors, which the next step changes.
         """
-        found: dict[str, dict[str, Tensor]] = {}
+        found: dict[str, Tensor] = {}
         for flat in self.flats:
-            kept = self.optimizer.state.get(flat.master, {})
-            for kind in KINDS:
-                shard = flat.master.detach() if kind == "weight" else kept.get(kind, torch.zeros_like(flat.master))
-                vector = flat.whole(shard).cpu()
-                for name, p, start, stop in flat.segments:
-                    found.setdefault(name, {})[kind] = vector[start:stop].view_as(p)
+            kept = {"weight": flat.master.detach(), **self.optimizer.state.get(flat.master, {})}
+            vector = flat.whole(kept.get(kind, torch.zeros_like(flat.master))).cpu()
+            for name, p, start, stop in flat.segments:
+                found[name] = vector[start:stop].view_as(p)
         return found
 
-    def load(self, state: dict[str, dict[str, Tensor]], step: int) -> None:
-        """Take over what `state` gave, after `step` steps of the optimizer."""
+    def load(self, kind: str, state: dict[str, Tensor], step: int) -> None:
+        """Take over what `state(kind)` gave, after `step` steps of the optimizer."""
         for flat in self.flats:
-            kept = self.optimizer.state[flat.master] = {"step": torch.tensor(float(step), device=flat.master.device)}
-            for kind in KINDS:
-                vector = torch.zeros_like(flat.weights, dtype=flat.master.dtype)
-                for name, _, start, stop in flat.segments:
-                    vector[start:stop] = state[name][kind].flatten()
-                if kind == "weight":
-                    flat.master.data.copy_(flat.shard(vector))
-                else:
-                    kept[kind] = flat.shard(vector).clone()            # a shard, not a window on the whole
-            flat.publish()
+            vector = torch.zeros_like(flat.weights, dtype=flat.master.dtype)
+            for name, _, start, stop in flat.segments:
+                vector[start:stop] = state[name].flatten()
+            kept = self.optimizer.state[flat.master]
+            kept["step"] = torch.tensor(float(step), device=flat.master.device)
+            if kind == "weight":
+                flat.master.data.copy_(flat.shard(vector))
+                flat.publish()
+            else:
+                kept[kind] = flat.shard(vector).clone()                # a shard, not a window on the whole
 
 
 class FullySharded:
@@ -155,22 +153,24 @@ class FullySharded:
                 p.mul_(1 - lr * self.adamw.decay)
         self.optimizer.step()
 
-    def state(self) -> dict[str, dict[str, Tensor]]:
+    def state(self, kind: str) -> dict[str, Tensor]:
         """As in `Replicated`, gathered one parameter at a time."""
-        found: dict[str, dict[str, Tensor]] = {}
+        found: dict[str, Tensor] = {}
         for name, p in self.named:
-            kept = {"weight": p.detach(), **self.optimizer.state.get(p, {m: torch.zeros_like(p) for m in MOMENTS})}
-            found[name] = {kind: kept[kind].full_tensor().detach().cpu() for kind in KINDS}
+            kept = {"weight": p.detach(), **self.optimizer.state.get(p, {})}
+            found[name] = kept.get(kind, torch.zeros_like(p)).full_tensor().detach().cpu()
         return found
 
     @torch.no_grad()
-    def load(self, state: dict[str, dict[str, Tensor]], step: int) -> None:
+    def load(self, kind: str, state: dict[str, Tensor], step: int) -> None:
         for name, p in self.named:
             # every rank holds the whole tensor: nothing to send
-            part = {kind: distribute_tensor(t.to(p.device, p.dtype), p.device_mesh, p.placements, src_data_rank=None)
-                    for kind, t in state[name].items()}
-            p.copy_(part["weight"])
-            self.optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device), **{m: part[m] for m in MOMENTS}}
+            part = distribute_tensor(state[name].to(p.device, p.dtype), p.device_mesh, p.placements, src_data_rank=None)
+            self.optimizer.state[p]["step"] = torch.tensor(float(step), device=p.device)
+            if kind == "weight":
+                p.copy_(part)
+            else:
+                self.optimizer.state[p][kind] = part
 
 
 def sum_partial(gradients: list[tuple[Piece, Tensor]], groups: Groups) -> None:

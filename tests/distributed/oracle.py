@@ -81,7 +81,7 @@ def unreduced(it: Trainer) -> Named:
 
 
 def weights(trainer: Trainer) -> Named:
-    return {name: kinds["weight"].clone() for name, kinds in trainer.optimizer.state().items()}
+    return {name: t.clone() for name, t in trainer.optimizer.state("weight").items()}
 
 
 def trainer(spec: ModelSpec, plan: ParallelPlan, **options) -> Trainer:

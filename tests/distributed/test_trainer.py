@@ -26,12 +26,12 @@ def trainer(plan, **how):
 def poisoned(plan):
     it = trainer(plan)
     it.step(BATCH)
-    before = {name: held["weight"].clone() for name, held in it.optimizer.state().items()}
+    before = {name: t.clone() for name, t in it.optimizer.state("weight").items()}
     norm = it.stages[0].final_norm
     hook = norm.register_full_backward_pre_hook(lambda _, grads: tuple(g * float("nan") for g in grads))
     with pytest.raises(FloatingPointError, match="norm is nan at step 2, with a loss of 3"):
         it.step(BATCH)
-    same = all(torch.equal(held["weight"], before[name]) for name, held in it.optimizer.state().items())
+    same = all(torch.equal(t, before[name]) for name, t in it.optimizer.state("weight").items())
     hook.remove()
     return same and it.steps == 1, it.step(BATCH)[1]
 

@@ -29,7 +29,7 @@ def clipped():
         parts, reduce = [], it.optimizer.reduce
         it.optimizer.reduce = lambda: parts.append(reduce()) or parts[0]
         _, result = it.step(data(DENSE, 2, 1)[0])
-        found.append((parts[0].item(), result.gradient_norm, {n: k["exp_avg"] for n, k in it.optimizer.state().items()}))
+        found.append((parts[0].item(), result.gradient_norm, it.optimizer.state("exp_avg")))
     return found
 
 
