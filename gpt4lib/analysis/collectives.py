@@ -1,9 +1,10 @@
 """Bytes on the wire: what one rank sends in each collective, by the ring algorithm, exactly.
 
 Sources: Patarasu, Yuan 2009, "Bandwidth Optimal All-reduce Algorithms for Clusters of Workstations";
-Thakur, Rabenseifner, Gropp 2005, "Optimization of Collective Communication Operations in MPICH". `size` is the bytes of the whole tensor, `n` the number of ranks; both may be arrays. One
-rank receives as much as it sends. A size that n does not divide is padded in practice; the figure
-here is then not whole.
+Thakur, Rabenseifner, Gropp 2005, "Optimization of Collective Communication Operations in MPICH".
+`size` is the bytes of the whole tensor, `n` the number of ranks; both may be arrays. One rank receives
+as much as it sends. A size that n does not divide is padded in practice; the figure here is then not
+whole.
 """
 
 from __future__ import annotations
@@ -84,7 +85,8 @@ def training_step(spec: ModelSpec, plan: ParallelPlan, seq_len: int, stage: int 
     Replicas: an all-reduce of the gradients, under ZeRO-1 a reduce-scatter of them and an
     all-gather of the weights. Stage 3 gathers the weights for each pass of a micro-batch (once where
     a pipeline keeps them until its backward pass) and scatters the gradients once a step, which
-    leaves them whole until then; it is exact where first dimensions divide by the shards. `balance` adds the counts of the experts' balance loss.
+    leaves them whole until then; it is exact where first dimensions divide by the shards. `balance`
+    adds the counts of the experts' balance loss.
     """
     tp, dp, m, chunks = plan.tp, plan.dp, plan.n_micro_batches, plan.n_chunks
     layers = plan.layers_of(spec.n_layers, stage)

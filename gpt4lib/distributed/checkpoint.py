@@ -1,7 +1,8 @@
 """Checkpoints of a training run, by torch.distributed.checkpoint: saved from any layout, loaded into any other.
 
 On disk every parameter is one whole tensor under the model's own name, written in pieces by the ranks that hold them: the
-fp32 weights in one folder, the moments in two others, one after the other to spare the host's memory. A step is complete or absent: it is written beside and then renamed.
+fp32 weights in one folder, the moments in two others, one after the other to spare the host's memory. A step is complete or
+absent: it is written beside and then renamed.
 """
 
 from __future__ import annotations
@@ -93,7 +94,8 @@ def steps_of(path: Path) -> int:
 def save(folder: str | Path, trainer: Trainer, keep: int = 2) -> Path:
     """Write the state after `trainer.steps` steps; collective. All ranks have to see the same `folder`.
 
-    Killed at any moment it leaves the earlier checkpoints as they were. Only the newest `keep` stay. ValueError if the folder holds a later step: it is another run's.
+    Killed at any moment it leaves the earlier checkpoints as they were. Only the newest `keep` stay. ValueError if the folder
+    holds a later step: it is another run's.
     """
     target = Path(folder) / f"step-{trainer.steps:08d}"
     if (last := latest(folder)) and steps_of(last) > trainer.steps:
@@ -106,7 +108,8 @@ def save(folder: str | Path, trainer: Trainer, keep: int = 2) -> Path:
             shutil.rmtree(old)
     dist.barrier()
     for kind in KINDS:
-        dcp.save(trainer.optimizer.state(kind), storage_writer=dcp.FileSystemWriter(partial / kind), planner=_Save(trainer.pieces))
+        writer = dcp.FileSystemWriter(partial / kind)
+        dcp.save(trainer.optimizer.state(kind), storage_writer=writer, planner=_Save(trainer.pieces))
     if dist.get_rank() == 0:
         aside = target.with_name(target.name + ".old.partial")
         if target.exists():

@@ -41,7 +41,8 @@ class Trainer:
                  timeout: timedelta | None = None) -> None:
         check(spec, plan, seq_len)
         if plan.zero_stage == 3 and gradient_dtype is not None:
-            raise ValueError(f"gradient_dtype={gradient_dtype} is not accepted with zero_stage 3, which sums in fp32; leave it out")
+            raise ValueError(f"gradient_dtype={gradient_dtype} is not accepted with zero_stage 3, which sums in fp32; "
+                             f"leave it out")
         self.spec, self.plan, self.seq_len, self.adamw, self.device, self.seed = spec, plan, seq_len, adamw, device, seed
         self.groups = connect(plan, spec, torch.device(device).type, timeout)
         sharded = plan.zero_stage == 3
