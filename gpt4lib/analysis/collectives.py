@@ -9,7 +9,7 @@ whole.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Iterator, NamedTuple
 
 from gpt4lib.analysis.memory import stage_parameters
 from gpt4lib.analysis.parameters import linear, norm, parameters
@@ -75,6 +75,84 @@ def replicated(spec: ModelSpec, plan: ParallelPlan, layer: int) -> int:
     return count + plan.sequence_parallel * spec.norms_per_layer * norm(spec, d)
 
 
+RINGS = {"all_reduce": all_reduce, "all_gather": all_gather, "reduce_scatter": reduce_scatter,
+         "all_to_all": all_to_all, "send": lambda size, n: size if n > 1 else 0}
+
+
+def _term(dimension: str, what: str, kind: str, size, n: int, times=1) -> Term:
+    return Term(dimension, what, kind, times * RINGS[kind](size, n))
+
+
+def _shards(plan: ParallelPlan) -> int:
+    """Over how many replicas FSDP has cut a gradient when tensor and pipeline ranks add theirs."""
+    return (plan.shard or plan.dp) if plan.zero_stage == 3 else 1
+
+
+def _tensor_terms(spec, plan, seq_len, stage, act_bytes, gradient_bytes, loss_bytes) -> Iterator[Term]:
+    tp, m, layers = plan.tp, plan.n_micro_batches, plan.layers_of(spec.n_layers, stage)
+    first, last, tokens = stage == 0, stage == plan.pp - 1, plan.micro_batch * seq_len
+    hidden, full = tokens * spec.d_model * act_bytes, plan.recompute == "full"
+    again_in, again_out = 2 * full, (2 if spec.norms_per_layer == 4 else 1) * full
+    if plan.sequence_parallel:                   # in: gather forward, scatter backward; out: converse
+        kinds = (("all_gather", 4 + again_in), ("reduce_scatter", 4 + again_out))
+    else:
+        kinds = (("all_reduce", 4 + again_out),)
+    for kind, times in kinds:
+        yield _term("tp", "layers", kind, hidden, tp, len(layers) * m * times)
+    for kind, _ in kinds:
+        yield _term("tp", "embedding and head", kind, hidden, tp, m * (first + last))
+    yield _term("tp", "loss", "all_reduce", tokens * loss_bytes, tp, 3 * m * last)
+    copied = sum(replicated(spec, plan, layer) for layer in layers)
+    if plan.sequence_parallel and first:
+        copied += norm(spec, spec.d_model) * spec.embedding_norm + parameters(spec).by_part["positions"]
+    if plan.sequence_parallel and last:
+        copied += norm(spec, spec.d_model) * spec.final_norm
+    a_gradient = gradient_bytes / _shards(plan)
+    yield _term("tp", "copied weights", "all_reduce", copied * a_gradient, tp)
+    if spec.latent is None and spec.n_kv_heads < tp:
+        shared = len(layers) * 2 * linear(spec.d_model, spec.head_dim, spec.qkv_bias)
+        yield _term("tp", "shared key/value heads", "all_reduce", shared * a_gradient, tp // spec.n_kv_heads)
+
+
+def _pipeline_terms(spec, plan, seq_len, stage, act_bytes, gradient_bytes) -> Iterator[Term]:
+    first, last = stage == 0, stage == plan.pp - 1
+    hidden = plan.micro_batch * seq_len * spec.d_model * act_bytes // (plan.tp if plan.sequence_parallel else 1)
+    links = (plan.n_chunks - last) + (plan.n_chunks - first)            # activations on, gradients back
+    yield _term("pp", "hidden states", "send", hidden, plan.pp, plan.n_micro_batches * links)
+    if spec.tied and (first or last) and plan.pp > 1:
+        rows = -(-spec.vocab_size // plan.tp) * spec.d_model
+        yield _term("pp", "tied embedding", "all_reduce", rows * gradient_bytes / _shards(plan), 2)
+
+
+def _expert_terms(spec, plan, seq_len, stage, act_bytes, balance_bytes) -> Iterator[Term]:
+    tokens, full = plan.micro_batch * seq_len, plan.recompute == "full"
+    layers = plan.n_micro_batches * sum(map(spec.is_moe_layer, plan.layers_of(spec.n_layers, stage)))
+    yield _term("ep", "counts", "all_to_all", spec.n_experts * 8, plan.ep, layers * (1 + full))
+    rows = tokens * spec.top_k * spec.d_model * act_bytes
+    yield _term("ep", "rows", "all_to_all", rows, plan.ep, layers * (4 + 2 * full))
+    yield _term("dp", "balance loss", "all_reduce", (spec.n_experts + 1) * balance_bytes, plan.dp, layers)
+
+
+def _replica_terms(spec, plan, stage, weight_bytes, gradient_bytes) -> Iterator[Term]:
+    count = stage_parameters(spec, plan, stage)
+    apart = count["experts"] * (plan.ep > 1)
+    for what, held, n in (("experts", apart, plan.dp // plan.ep),
+                          ("weights", sum(count.values()) - apart, plan.dp)):
+        if plan.zero_stage == 3:
+            shards, copies = plan.shard or n, n // (plan.shard or n)
+            passes = plan.n_micro_batches * (2 if plan.pp == 1 else 1)
+            yield _term("dp", what, "all_gather", held * weight_bytes, shards, passes)
+            yield _term("dp", what, "reduce_scatter", held * gradient_bytes, shards)
+            yield _term("dp", what, "all_reduce", held * gradient_bytes / shards, copies)
+            continue
+        padded = -(-held // n) * n
+        if plan.zero_stage:
+            yield _term("dp", what, "reduce_scatter", padded * gradient_bytes, n)
+            yield _term("dp", what, "all_gather", padded * weight_bytes, n)
+        else:
+            yield _term("dp", what, "all_reduce", padded * gradient_bytes, n)
+
+
 def training_step(spec: ModelSpec, plan: ParallelPlan, seq_len: int, stage: int = 0, *, act_bytes=2,
                   weight_bytes=2, gradient_bytes=2, loss_bytes=4, balance: bool = False) -> list[Term]:
     """What a rank of a pipeline stage sends in one step, term by term.
@@ -88,65 +166,9 @@ def training_step(spec: ModelSpec, plan: ParallelPlan, seq_len: int, stage: int 
     leaves them whole until then; it is exact where first dimensions divide by the shards. `balance`
     adds the counts of the experts' balance loss.
     """
-    tp, dp, m, chunks = plan.tp, plan.dp, plan.n_micro_batches, plan.n_chunks
-    layers = plan.layers_of(spec.n_layers, stage)
-    first, last, tokens = stage == 0, stage == plan.pp - 1, plan.micro_batch * seq_len
-    hidden, terms = tokens * spec.d_model * act_bytes, []
-
-    def add(dimension, what, kind, size, n, times=1):
-        ring = {"all_reduce": all_reduce, "all_gather": all_gather, "reduce_scatter": reduce_scatter,
-                "all_to_all": all_to_all, "send": lambda size, _: size}[kind]
-        if n > 1 and size * times:
-            terms.append(Term(dimension, what, kind, times * ring(size, n)))
-
-    full = plan.recompute == "full"
-    again_in, again_out = 2 * full, (2 if spec.norms_per_layer == 4 else 1) * full
-    if plan.sequence_parallel:                   # in: gather forward, scatter backward; out: converse
-        add("tp", "layers", "all_gather", hidden, tp, len(layers) * m * (4 + again_in))
-        add("tp", "layers", "reduce_scatter", hidden, tp, len(layers) * m * (4 + again_out))
-        add("tp", "embedding and head", "all_gather", hidden, tp, m * (first + last))
-        add("tp", "embedding and head", "reduce_scatter", hidden, tp, m * (first + last))
-    else:
-        add("tp", "layers", "all_reduce", hidden, tp, len(layers) * m * (4 + again_out))
-        add("tp", "embedding and head", "all_reduce", hidden, tp, m * (first + last))
-    add("tp", "loss", "all_reduce", tokens * loss_bytes, tp, 3 * m * last)
-    shards = plan.shard or dp if plan.zero_stage == 3 else 1          # what is summed is sharded already
-    ends = plan.sequence_parallel * (first * (norm(spec, spec.d_model) * spec.embedding_norm
-                                              + parameters(spec).by_part["positions"])
-                                     + last * norm(spec, spec.d_model) * spec.final_norm)
-    copied = sum(replicated(spec, plan, layer) for layer in layers) + ends
-    add("tp", "copied weights", "all_reduce", copied * gradient_bytes / shards, tp)
-    if spec.latent is None and spec.n_kv_heads < tp:
-        shared = len(layers) * 2 * linear(spec.d_model, spec.head_dim, spec.qkv_bias)
-        add("tp", "shared key/value heads", "all_reduce", shared * gradient_bytes / shards, tp // spec.n_kv_heads)
-
-    links = (chunks - last) + (chunks - first)                          # activations on, gradients back
-    add("pp", "hidden states", "send", hidden // (tp if plan.sequence_parallel else 1), plan.pp, m * links)
-    count = stage_parameters(spec, plan, stage)
-    if spec.tied and (first or last) and plan.pp > 1:
-        rows = -(-spec.vocab_size // tp) * spec.d_model
-        add("pp", "tied embedding", "all_reduce", rows * gradient_bytes / shards, 2)
-
-    moe = sum(spec.is_moe_layer(i) for i in layers)
-    add("ep", "counts", "all_to_all", spec.n_experts * 8, plan.ep, moe * m * (1 + full))
-    rows = tokens * spec.top_k * spec.d_model * act_bytes
-    add("ep", "rows", "all_to_all", rows, plan.ep, moe * m * (4 + 2 * full))
-    add("dp", "balance loss", "all_reduce", (spec.n_experts + 1) * loss_bytes, dp, balance * moe * m)
-
-    experts = count["experts"]
-    for what, n_parameters, n in (("experts", experts * (plan.ep > 1), dp // plan.ep),
-                                  ("weights", sum(count.values()) - experts * (plan.ep > 1), dp)):
-        if plan.zero_stage == 3:
-            n, copies = plan.shard or n, n // (plan.shard or n)
-            add("dp", what, "all_gather", n_parameters * weight_bytes, n, m * (2 if plan.pp == 1 else 1))
-            add("dp", what, "reduce_scatter", n_parameters * gradient_bytes, n)
-            add("dp", what, "all_reduce", n_parameters * gradient_bytes / n, copies)
-            continue
-        padded = -(-n_parameters // n) * n
-        if plan.zero_stage:
-            add("dp", what, "reduce_scatter", padded * gradient_bytes, n)
-            add("dp", what, "all_gather", padded * weight_bytes, n)
-        else:
-            add("dp", what, "all_reduce", padded * gradient_bytes, n)
-    add("all", "loss and norm", "all_reduce", 3 * 8, plan.n_devices)
-    return terms
+    stages = [_tensor_terms(spec, plan, seq_len, stage, act_bytes, gradient_bytes, loss_bytes),
+              _pipeline_terms(spec, plan, seq_len, stage, act_bytes, gradient_bytes),
+              _expert_terms(spec, plan, seq_len, stage, act_bytes, loss_bytes if balance else 0),
+              _replica_terms(spec, plan, stage, weight_bytes, gradient_bytes),
+              [_term("all", "loss and norm", "all_reduce", 3 * 8, plan.n_devices)]]
+    return [term for terms in stages for term in terms if term.sent]
