@@ -78,10 +78,14 @@ class _Load(_Boxes, dcp.DefaultLoadPlanner):
         return self.local(index)
 
 
+def complete(folder: str | Path) -> list[Path]:
+    """The complete checkpoints of a folder, by their steps."""
+    return sorted(p for p in Path(folder).glob("step-*") if COMPLETE.fullmatch(p.name))
+
+
 def latest(folder: str | Path) -> Path | None:
     """The complete checkpoint of the most steps, None if there is none."""
-    found = [p for p in Path(folder).glob("step-*") if COMPLETE.fullmatch(p.name)] if Path(folder).is_dir() else []
-    return max(found, key=lambda p: p.name, default=None)
+    return next(reversed(complete(folder)), None)
 
 
 def steps_of(path: Path) -> int:
@@ -116,8 +120,7 @@ def save(folder: str | Path, trainer: Trainer, keep: int = 2) -> Path:
             target.rename(aside)                                    # half removed it would still look complete
         partial.rename(target)
         shutil.rmtree(aside, ignore_errors=True)
-        complete = sorted(p for p in Path(folder).glob("step-*") if COMPLETE.fullmatch(p.name))
-        for old in complete[:-keep]:
+        for old in complete(folder)[:-keep]:
             shutil.rmtree(old)
     dist.barrier()
     return target

@@ -110,7 +110,7 @@ class FullySharded:
 
     def __init__(self, stages: list[Stage], pieces: dict[str, Piece], plan: ParallelPlan, groups: Groups, adamw: AdamW = AdamW(),
                  dtype: torch.dtype = torch.float32) -> None:
-        self.stages, self.pieces, self.adamw, self.groups, self.ep = stages, pieces, adamw, groups, plan.ep
+        self.pieces, self.adamw, self.groups, self.ep = pieces, adamw, groups, plan.ep
         mesh = groups.mesh["outer", "inner"] if plan.shard else groups.replicas
         wide = torch.promote_types(dtype, torch.float32)
         # under a pipeline weights stay gathered from a forward pass to the next backward one, as torchtitan has them

@@ -112,6 +112,7 @@ class Stage(nn.Module):
     def __init__(self, whole: Transformer, layers: range, plan: ParallelPlan, groups: Groups) -> None:
         super().__init__()
         self.spec, self.plan, self.groups = whole.spec, plan, groups
+        self.split = plan.sequence_parallel and plan.tp > 1          # each rank has its part of the tokens
         self.first, self.last = layers.start == 0, layers.stop == whole.spec.n_layers
         self.embedding = whole.embedding if self.first or self.last and whole.head is None else None
         self.positions, self.embedding_norm = (whole.positions, whole.embedding_norm) if self.first else (None, None)
@@ -126,7 +127,7 @@ class Stage(nn.Module):
         if tp > 1:
             attention.spec = self.spec.with_(n_heads=self.spec.n_heads // tp, n_kv_heads=max(self.spec.n_kv_heads // tp, 1))
             for module in (attention, layer.ffn or layer.moe):
-                region(module, self.groups.tp, self.plan.sequence_parallel)
+                region(module, self.groups.tp, self.split)
             for name, module in layer.named_modules():
                 if name.endswith(("attention.out", "ffn.down", "shared.down")) and module.bias is not None:
                     module.__class__, module.terms = PartialLinear, tp
@@ -136,18 +137,16 @@ class Stage(nn.Module):
             attention.core = partial(checkpoint, attention.core, use_reentrant=False)
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        group, split = self.groups.tp, self.plan.sequence_parallel and self.plan.tp > 1
-        weight = self.embedding.weight
+        group, weight = self.groups.tp, self.embedding.weight
         x = (F.embedding(tokens, weight) if group is None
-             else leave(vocab_parallel_embedding(tokens, weight, group), group, split))
+             else leave(vocab_parallel_embedding(tokens, weight, group), group, self.split))
         if self.positions is not None:
-            mine = positions.chunk(self.plan.tp)[self.groups.at["tp"]] if split else positions
+            mine = positions.chunk(self.plan.tp)[self.groups.at["tp"]] if self.split else positions
             x = x + self.positions(mine + self.spec.position_offset)
         return self.embedding_norm(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        group, split = self.groups.tp, self.plan.sequence_parallel and self.plan.tp > 1
-        n = x.shape[1] * (self.plan.tp if split and not self.first else 1)
+        n = x.shape[1] * (self.plan.tp if self.split and not self.first else 1)
         positions = torch.arange(n, device=x.device)
         if self.first:
             x = self._embed(x, positions)
@@ -158,7 +157,8 @@ class Stage(nn.Module):
             return x
         x = self.final_norm(x)
         weight = self.embedding.weight if self.head is None else self.head.weight
-        return F.linear(x if group is None else enter(x, group, split), weight, self.head_bias)
+        x = x if self.groups.tp is None else enter(x, self.groups.tp, self.split)
+        return F.linear(x, weight, self.head_bias)
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy of a micro-batch, fp32 or better; the same on every tensor-parallel rank."""
@@ -192,10 +192,7 @@ def build(spec: ModelSpec, plan: ParallelPlan, groups: Groups, *, seed: int = 0,
     with torch.device("meta"):
         whole = Transformer(spec, numerics=numerics)
     shapes = {name: p.shape for name, p in whole.named_parameters()}
-    per_chunk, mine = plan.layers_per_chunk(spec.n_layers), []
-    for i in range(groups.at["pp"], plan.pp * plan.n_chunks, plan.pp):
-        start = sum(per_chunk[:i])
-        mine.append(Stage(whole, range(start, start + per_chunk[i]), plan, groups))
+    mine = [Stage(whole, layers, plan, groups) for layers in plan.chunks_of(spec.n_layers, groups.at["pp"])]
     held = {name for stage in mine for name, _ in stage.named_parameters()}
     pieces, generator = {}, torch.Generator().manual_seed(seed)
     for name, shape in shapes.items():

@@ -7,6 +7,7 @@ import json
 import math
 import sys
 import time
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Sequence
@@ -161,13 +162,11 @@ def run(args: argparse.Namespace, spec: ModelSpec, plan: ParallelPlan, tokens: T
         starts = torch.randint(len(tokens) - args.seq_len, (plan.global_batch,), generator=generator)
         rows = [data.at(tokens, mine, args.seq_len) for mine in trainer.rows(starts)]
         sent = None
-        if step == first:                                            # counting slows every operator: one step is enough
-            with count_wire() as wire:
-                _, result = trainer.step(rows, lr)
+        with count_wire() if step == first else nullcontext() as wire:      # counting slows every operator: one step is enough
+            _, result = trainer.step(rows, lr)
+        if wire:
             sent = [None] * plan.n_devices
             dist.all_gather_object(sent, wire.sent())
-        else:
-            _, result = trainer.step(rows, lr)
         report(trainer.steps, result, lr, time.perf_counter() - start, sent)
         if args.checkpoint and (trainer.steps % args.save_every == 0 or trainer.steps == args.steps):
             checkpoint.save(args.checkpoint, trainer)

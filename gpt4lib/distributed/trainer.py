@@ -40,12 +40,12 @@ class Trainer:
                  gradient_dtype: torch.dtype | None = None, bucket_bytes: int = 25 * 2**20,
                  timeout: timedelta | None = None) -> None:
         check(spec, plan, seq_len)
-        if plan.zero_stage == 3 and gradient_dtype is not None:
+        sharded = plan.zero_stage == 3
+        if sharded and gradient_dtype is not None:
             raise ValueError(f"gradient_dtype={gradient_dtype} is not accepted with zero_stage 3, which sums in fp32; "
                              f"leave it out")
         self.spec, self.plan, self.seq_len, self.adamw, self.device, self.seed = spec, plan, seq_len, adamw, device, seed
         self.groups = connect(plan, spec, torch.device(device).type, timeout)
-        sharded = plan.zero_stage == 3
         self.stages, self.pieces = build(spec, plan, self.groups, seed=seed, numerics=numerics, device=device,
                                          dtype=torch.promote_types(dtype, torch.float32) if sharded else dtype)
         self.optimizer = (FullySharded(self.stages, self.pieces, plan, self.groups, adamw, dtype) if sharded else
@@ -78,7 +78,7 @@ class Trainer:
             torch.manual_seed((self.seed * 1_000_003 + self.steps) * 2**20 + at["dp"] * 2**8 + at["pp"])
             record = self.pipeline.step([m[:, :-1] for m in micro], [m[:, 1:] for m in micro])
         norm = self.optimizer.reduce()
-        first = self.groups.at["tp"] == 0
+        first = at["tp"] == 0
         total = torch.tensor([first * record.loss / self.plan.dp, first * record.balance / self.plan.dp, norm.item()],
                              dtype=torch.float64, device=norm.device)
         dist.all_reduce(total)

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 COLLECTIVES = {"allreduce_": ("all_reduce", 0), "_reduce_scatter_base_": ("reduce_scatter", 1),
                "_allgather_base_": ("all_gather", 0), "allgather_": ("all_gather", 0),
                "alltoall_base_": ("all_to_all", 1), "send": ("send", 0), "broadcast_": ("broadcast", 0)}
-SILENT = ("recv_", "barrier", "monitored_barrier_")
+SILENT = ("recv_", "irecv", "barrier", "monitored_barrier_", "wait_tensor", "_wrap_tensor_autograd")       # nothing is sent
 # the same collectives as DTensor and the functional API ask for them; the argument is the tensor put in
 FUNCTIONAL = {"all_reduce": "all_reduce", "all_reduce_": "all_reduce", "reduce_scatter_tensor": "reduce_scatter",
               "all_gather_into_tensor": "all_gather", "all_to_all_single": "all_to_all"}
@@ -61,16 +61,15 @@ class count_wire(TorchDispatchMode):
             kind, which = COLLECTIVES[name_of(func)]
             group = next(g for a in args if isinstance(a, torch.ScriptObject)
                          and isinstance(g := dist.ProcessGroup.unbox(a), dist.ProcessGroup))
-            self._note(kind, args[which], group, args)
-        elif func.namespace == "_c10d_functional" and name_of(func) in FUNCTIONAL:
+            self._add(kind, _bytes(args[which]), args[which], group, args[2:])
+        elif func.namespace == "_c10d_functional" and name_of(func) not in SILENT:
+            if name_of(func) not in FUNCTIONAL:
+                raise NotImplementedError(f"{func} is not counted; accepted: {', '.join(FUNCTIONAL)}")
             group = args[-1]
             if not isinstance(group, dist.ProcessGroup):
                 group = dist.distributed_c10d._resolve_process_group(group)
             self._functional(FUNCTIONAL[name_of(func)], args, group)
         return func(*args, **(kwargs or {}))
-
-    def _note(self, kind: str, tensor: Any, group: dist.ProcessGroup, args: tuple) -> None:
-        self._add(kind, _bytes(tensor), tensor, group, args[2:])
 
     def _functional(self, kind: str, args: tuple, group: dist.ProcessGroup) -> None:
         size = _bytes(args[0]) * (group.size() if kind == "all_gather" else 1)

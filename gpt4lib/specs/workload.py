@@ -106,14 +106,14 @@ class ParallelPlan:
         whole, extra = divmod(n_layers, n)
         return tuple(whole + (i < extra) for i in range(n))
 
+    def chunks_of(self, n_layers: int, stage: int) -> list[range]:
+        """The layers of each chunk of a pipeline stage, in the order of the model."""
+        sizes = self.layers_per_chunk(n_layers)
+        return [range(sum(sizes[:i]), sum(sizes[:i + 1])) for i in range(stage, len(sizes), self.pp)]
+
     def layers_of(self, n_layers: int, stage: int) -> tuple[int, ...]:
         """The layers a pipeline stage holds, all its chunks together, in the order of the model."""
-        sizes, start, held = self.layers_per_chunk(n_layers), 0, []
-        for i, size in enumerate(sizes):
-            if i % self.pp == stage:
-                held += range(start, start + size)
-            start += size
-        return tuple(held)
+        return tuple(layer for chunk in self.chunks_of(n_layers, stage) for layer in chunk)
 
     def layers_per_stage(self, n_layers: int) -> tuple[int, ...]:
         """How many layers each pipeline stage holds."""

@@ -1,8 +1,9 @@
 """The wire counter sees what DTensor and the functional collectives ask for, as it sees the plain ones."""
 
+import pytest
 import torch
 
-from gpt4lib.distributed.data import squared_norm
+from gpt4lib.distributed.flat import squared_norm
 from gpt4lib.distributed.launch import launch
 
 
@@ -47,3 +48,17 @@ def test_a_norm_without_a_wide_copy_is_the_norm():
         # fp32 within rows of 4,096: a relative error of some units of 2 ** -24
         torch.testing.assert_close(squared_norm(x), x.double().square().sum(), rtol=1e-6, atol=0)
         torch.testing.assert_close(squared_norm(x.double()), x.double().square().sum(), rtol=1e-14, atol=0)
+
+
+def unknown():
+    import torch.distributed as dist
+    import torch.distributed._functional_collectives as functional
+
+    from gpt4lib.profiling.wire import count_wire
+    with count_wire(), pytest.raises(NotImplementedError, match="broadcast.* is not counted; accepted: all_reduce"):
+        functional.broadcast(torch.ones(2), 0, dist.group.WORLD)
+    return True
+
+
+def test_a_functional_collective_that_is_not_known_is_refused():
+    assert launch(2, unknown) == [True, True]
