@@ -48,7 +48,7 @@ outputs: $(READY)  ## re-execute changed chapters (or CHAPTER=chapters/01_archit
 	$(BIN)/python tools/outputs.py $(CHAPTER)
 
 pages: $(READY)  ## regenerate claims.md, models.md and hardware.md
-	$(BIN)/python -m gpt4lib.ledger.page
+	$(BIN)/python tools/claims_page.py
 	$(BIN)/python tools/make_tables.py
 
 clean:  ## remove the built site and the environment

@@ -12,10 +12,12 @@ _HOMES = {
     "ModelSpec": "specs.model",
     "DeviceSpec": "specs.hardware", "ClusterSpec": "specs.hardware", "ParallelPlan": "specs.workload",
     "parameters": "analysis.parameters", "ParameterCount": "analysis.parameters",
+    "Estimator": "analysis.estimator",
 }
 _MODULES = {"flops": "analysis.flops", "memory": "analysis.memory", "roofline": "analysis.roofline",
             "inference": "analysis.inference", "collectives": "analysis.collectives", "pipeline": "analysis.pipeline",
-            "scaling_laws": "analysis.scaling_laws", "recorded": "recorded",
+            "training": "analysis.training", "planner": "analysis.planner", "validation": "analysis.validation",
+            "cost": "analysis.cost", "scaling_laws": "analysis.scaling_laws", "recorded": "recorded",
             "ledger": "ledger", "plotting": "plotting"}
 __all__ = [*_HOMES, *_MODULES]
 

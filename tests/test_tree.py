@@ -56,7 +56,7 @@ def test_an_offence_would_be_found(source):
     assert offences(source, ("torch", "gpt4lib.analysis"))
 
 
-@pytest.mark.parametrize("module", ["gpt4lib", "gpt4lib.specs", "gpt4lib.specs.huggingface", "gpt4lib.analysis.inference",
+@pytest.mark.parametrize("module", ["gpt4lib", "gpt4lib.specs", "gpt4lib.specs.huggingface", "gpt4lib.analysis.inference", "gpt4lib.analysis.validation", "gpt4lib.analysis.planner",
                                     "gpt4lib.ledger", "gpt4lib.cli", "gpt4lib.problems", "gpt4lib.serving.scheduler",
                                     "gpt4lib.distributed.schedule", "gpt4lib.distributed.grid"])
 def test_the_predicting_half_loads_the_standard_library_only(module):

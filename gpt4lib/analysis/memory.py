@@ -203,20 +203,26 @@ def _kept(spec: ModelSpec, layer: int, seq_len: int) -> tuple[int, int, int]:
 
 
 def layer_activation_bytes(spec: ModelSpec, plan: ParallelPlan, seq_len: int, layer: int = 0,
-                           dropout: bool = False) -> float:
+                           dropout: bool = False, fused: bool = False) -> float:
     """Bytes one layer keeps for the backward pass of one micro-batch, in 16-bit.
 
     Korthikanti et al. 2022, arXiv:2205.05198, equations 1-4 and section 5, written out per tensor
     so that it also covers grouped heads, windows, gated blocks and experts (which are taken as
     evenly loaded). Their 34 + 5as/h is multi-head attention, a 4h block and dropout=True: two masks
     a token of one byte a channel, and a mask and a second copy of the scores. recompute "selective"
-    keeps no scores, as fused attention does; "full" keeps the layer's input alone.
+    keeps no scores; "full" keeps the layer's input alone. With `fused` attention no recipe keeps scores,
+    and "selective" instead recomputes norms and activation functions, of which it keeps the inputs.
     """
     tokens = plan.micro_batch * seq_len / plan.cp
     ranks = plan.tp if plan.sequence_parallel else 1      # SP splits what TP repeats
     if plan.recompute == "full":
         return 2 * tokens * spec.d_model / ranks
     whole, split, scores = _kept(spec, layer, seq_len)
+    if fused:
+        scores = 0
+        if plan.recompute == "selective":
+            whole -= 2 * spec.d_model
+            split -= spec.top_k * spec.d_expert + spec.d_shared if spec.is_moe_layer(layer) else spec.d_ff
     masks = 2 * spec.d_model if dropout else 0
     a_score = 0 if plan.recompute == "selective" else 5 if dropout else 2
     return tokens * ((2 * whole + masks) / ranks + (2 * split + a_score * scores) / plan.tp)

@@ -1,8 +1,32 @@
-"""How long a training run takes, from its arithmetic (`flops.training`) and a utilisation."""
+"""How long training takes: from a utilisation, or from an estimate of one step that explains itself."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+from gpt4lib import format as fmt
+from gpt4lib.analysis import efficiency as eff
+from gpt4lib.analysis import memory
+from gpt4lib.specs.workload import ParallelPlan
+
 SECONDS_PER_DAY = 86_400
+
+TERMS = {
+    "products": "matrix products: 2 m k n / (matmul x peak) + bytes / (memory x bandwidth), forward once, backward twice",
+    "attention": "scores: 4 s^2 h d / 2 fused, and 2.5 times that backward; unfused the full square, written out",
+    "pointwise": "norms, sums, activations, rotation, loss: bytes / (memory x bandwidth)",
+    "kernels": "operators x kernel_seconds",
+    "recomputation": "what the backward pass runs again",
+    "tensor": "two all-reduces a layer and pass, inside the node where tp fits; Shoeybi et al. 2019, section 3",
+    "context": "all-gather of keys and values over cp",
+    "experts": "two all-to-alls a layer and pass; Lepikhin et al. 2020, arXiv:2006.16668, section 3",
+    "sends": "hidden states to the next stage and gradients back",
+    "bubble": "(p - 1) / v turns of an average stage; Narayanan et al. 2021, section 2.2",
+    "replicas": "gradients over dp: ring of 2 (n - 1) / n bytes, or FSDP's traffic that does not hide",
+    "optimizer": "gradient, master and moments read, written: bytes / (memory x bandwidth)",
+    "straggling": "the slowest node sets the pace: straggling for each doubling of the nodes",
+    "fixed": "step_seconds",
+}
 
 
 def mfu(flop, n_devices, seconds, peak):
@@ -25,3 +49,45 @@ def seconds(flop: float, n_devices: int, peak: float, utilisation: float) -> flo
 def days(flop: float, n_devices: int, peak: float, utilisation: float) -> float:
     """`seconds` in days."""
     return seconds(flop, n_devices, peak, utilisation) / SECONDS_PER_DAY
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """One training step: seconds by term, bytes on the fullest device by part."""
+    plan: ParallelPlan
+    by_term: dict[str, float]
+    memory: memory.MemoryUse
+    flop: float                      # of the model: forward and backward of all tokens, recomputation apart
+    hardware_flop: float             # with recomputation
+    peak: float                      # FLOP/s of all devices
+
+    @property
+    def step_seconds(self) -> float:
+        return sum(self.by_term.values())
+
+    @property
+    def mfu(self) -> float:
+        return self.flop / (self.step_seconds * self.peak)
+
+    @property
+    def hfu(self) -> float:
+        """Hardware FLOPs utilisation: recomputation counts as work."""
+        return self.hardware_flop / (self.step_seconds * self.peak)
+
+    @property
+    def bound_by(self) -> str:
+        """The term that takes most of the step."""
+        return max(self.by_term, key=self.by_term.get)
+
+    def explain(self) -> str:
+        """Every term with its share and formula, the memory by part, and how far off such estimates have been."""
+        step, used = self.step_seconds, self.memory.total
+        rows = [(term, fmt.seconds(t), fmt.percent(t / step), TERMS[term]) for term, t in self.by_term.items() if t]
+        median, p90 = eff.error("step")
+        text = (f"{fmt.seconds(step)} a step, MFU {fmt.percent(self.mfu)}; on measurements not used for fitting the median "
+                f"error is {fmt.percent(median, 0)}, nine in ten are within {fmt.percent(p90, 0)}\n"
+                + fmt.table(rows, ("term", "time", "share", "formula"), right=(1, 2)))
+        parts = [(part.replace("_", " "), fmt.bytes_si(n), fmt.percent(n / used)) for part, n in self.memory.by_part.items() if n]
+        median, p90 = eff.error("memory")
+        return (f"{text}\n\n{fmt.bytes_si(used)} on the fullest device; median error {fmt.percent(median, 0)}, nine in ten "
+                f"within {fmt.percent(p90, 0)}\n" + fmt.table(parts, ("part", "bytes", "share"), right=(1, 2)))

@@ -30,13 +30,14 @@ def _positive(owner: str, name: str, value: Any) -> None:
 class DeviceSpec:
     """One accelerator. `peak` is dense FLOP/s by dtype; memory in bytes, bandwidths in bytes/s;
     `link_bandwidth` is one direction inside the node. Dense means without the 2:4-sparsity factor
-    of two."""
+    of two. `generation` is the maker's name for the architecture: "ampere", "hopper", ..."""
     name: str
     peak: Mapping[str, float] = field(hash=False)
     memory_bytes: float
     memory_bandwidth: float
     link_bandwidth: float
     power_watts: float
+    generation: str = ""
 
     def __post_init__(self) -> None:
         for name in ("memory_bytes", "memory_bandwidth", "link_bandwidth", "power_watts"):

@@ -21,7 +21,8 @@ def test_devices_are_as_printed(name, dtype, tera, gigabytes, bandwidth, link, w
 
 
 def test_every_device_is_listed():
-    assert DeviceSpec.presets() == ("v100-32gb", "a100-40gb", "a100-80gb", "h100-sxm", "h200", "h800", "b200", "tpu-v4")
+    assert DeviceSpec.presets() == ("v100-32gb", "a100-40gb", "a100-80gb", "h100-sxm", "h100-96gb", "h200", "h800", "b200",
+                                   "tpu-v4")
     assert ClusterSpec.presets() == ("dgx-a100", "dgx-h100", "gpt-4-training", "gpt-4-serving")
 
 

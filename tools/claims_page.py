@@ -1,4 +1,4 @@
-"""Write claims.md, the ledger as a page of the book: `python -m gpt4lib.ledger.page [FILE]`."""
+"""Write claims.md, the ledger as a page of the book: `python tools/claims_page.py [FILE]`."""
 
 import re
 import sys

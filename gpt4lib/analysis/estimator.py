@@ -1,0 +1,248 @@
+"""Predicts training steps: seconds by term and bytes by part, for any plan of a model on a cluster.
+
+A step is the sum of rooflines, layer by layer (`operators`), of collectives, of a pipeline's idle time and of what
+happens once a step; `efficiency` says how far real machines stay below their datasheets. Nothing else is fitted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+from gpt4lib.analysis import efficiency as eff
+from gpt4lib.analysis import flops, memory, operators, pipeline
+from gpt4lib.analysis.training import Estimate
+from gpt4lib.specs.hardware import ClusterSpec, dtype_bytes
+from gpt4lib.specs.model import ModelSpec
+from gpt4lib.specs.workload import ParallelPlan
+
+LOSS_BYTES = 54          # a logit is written, cast, compared, shifted, exponentiated, summed, divided, and back again
+
+
+class Estimator:
+    """Predicts training steps of one model on one kind of cluster, under any plan.
+
+    `gradient_dtype` is what gradients are summed in: fp32, Megatron-LM's choice beside bf16 weights, or a 16-bit type.
+    `two_gradients`: each micro-batch's 16-bit gradient stands beside the fp32 sum it is added to. `fused` False describes
+    software before 2023, where attention writes out its scores. `causal` says how `flop`, and so MFU, counts attention; the time does not depend on it.
+    The cluster's number of devices does not matter here, a plan brings its own.
+    """
+
+    def __init__(self, spec: ModelSpec, cluster: ClusterSpec, seq_len: int, dtype: str = "bf16", gradient_dtype: str = "fp32",
+                 *, fused: bool = True, two_gradients: bool = False, causal: bool = True, efficiency: eff.Efficiency | None = None) -> None:
+        if type(seq_len) is not int or seq_len < 1:
+            raise ValueError(f"seq_len={seq_len!r} is not accepted; give a number of tokens >= 1")
+        k = self.efficiency = efficiency or eff.fitted()
+        device = cluster.device
+        self.spec, self.cluster, self.seq_len, self.dtype, self.fused = spec, cluster, seq_len, dtype, fused
+        self.gradient_dtype, self.gradient_bytes, self.two_gradients = gradient_dtype, dtype_bytes(gradient_dtype), two_gradients
+        self.peak = device.peak_flop_rate(dtype)
+        self.matmul, self.attention = self.peak * k.of("matmul", device), self.peak * k.of("attention", device)
+        self.bandwidth = device.memory_bandwidth * k.memory
+        self.link, self.network = device.link_bandwidth * k.link, cluster.inter_node_bandwidth * k.network
+        one = flops.forward(spec, 1, seq_len, causal=causal)
+        self.flop, self.layer_flop, self.score_flop = 3 * one.total, one.total - one.by_part["head"], one.by_part["scores"]
+        self._cache: dict[tuple, object] = {}
+
+    def _once(self, key: tuple, make, *args):
+        found = self._cache.get(key)
+        if found is None:
+            found = self._cache[key] = make(*args)
+        return found
+
+    def collective(self, passes: int, size: float, n: int, stride: int) -> float:
+        """Seconds of a ring that moves `size` bytes `passes` times: 1 to gather or scatter, 2 to sum.
+
+        The n ranks stand `stride` devices apart. Inside a node each sends (g - 1) / g of it over its link; between
+        nodes (N - 1) / N of it crosses, spread over the ports of the g ranks that share a node.
+        """
+        if n <= 1 or not size:
+            return 0.0
+        k = self.efficiency
+        g = max(1, min(n, self.cluster.devices_per_node // stride))
+        nodes = -(-n // g)
+        inside = size * (g - 1) / g / self.link
+        if nodes == 1:
+            return passes * ((n - 1) * k.link_hop_seconds + inside)
+        across = size * (nodes - 1) / nodes / (g * self.network)
+        return passes * (nodes * k.network_hop_seconds + (n - nodes) * k.link_hop_seconds + max(inside, across))
+
+    def exchange(self, size: float, n: int, stride: int) -> float:
+        """Seconds of an all-to-all in which each of n ranks sends away its share of `size` bytes."""
+        if n <= 1:
+            return 0.0
+        g = max(1, min(n, self.cluster.devices_per_node // stride))
+        hop = self.efficiency.link_hop_seconds if g == n else self.efficiency.network_hop_seconds * -(-n // g)
+        return hop + max(size * (n - 1) / n / self.link, size * (n - g) / n / self.network)
+
+    def _layer(self, kind: str, moe: bool, plan: ParallelPlan) -> tuple[float, ...]:
+        """Seconds of one layer for one micro-batch: products, attention, pointwise, kernels, recomputation, tensor,
+        context, experts."""
+        k, w = self.efficiency, operators.layer(self.spec, kind, moe, plan, self.seq_len, self.fused)
+        product = w.flop / self.matmul + 2 * (w.activations + w.weights) / self.bandwidth
+        gradients = 2 * w.flop / self.matmul + (4 * w.activations + 2 * (1 + self.gradient_bytes) * w.weights) / self.bandwidth
+        if self.fused or kind == "linear":
+            scores, scores_back = w.score_flop / self.attention, 2.5 * w.score_flop / self.attention
+        else:                                    # scale, mask, softmax: six passes over the scores, eight back
+            scores = w.score_flop / self.matmul + 12 * w.scores / self.bandwidth
+            scores_back = 2 * w.score_flop / self.matmul + 16 * w.scores / self.bandwidth
+        pointwise, launch = 2 * w.pointwise / self.bandwidth, w.kernels * k.kernel_seconds
+        sums = 2 * self.collective(2, 2 * w.hidden, plan.tp, 1)
+        kv = 0 if self.spec.latent else 2 * max(self.spec.n_kv_heads / plan.tp, 1) * self.spec.head_dim
+        gathers = self.collective(1, 2 * w.hidden / self.spec.d_model * plan.cp * kv, plan.cp, plan.tp)
+        swaps = 2 * self.exchange(2 * w.hidden * self.spec.top_k, plan.ep, plan.tp * plan.cp) if moe else 0.0
+        again = 0.0
+        if plan.recompute == "full":             # a block's last sum is not needed again
+            again = product + scores + pointwise + launch + (0.75 if plan.sequence_parallel else 0.5) * sums + swaps
+        elif plan.recompute == "selective":
+            again = pointwise if self.fused else scores
+        return (product + gradients, scores + scores_back, 2.5 * pointwise, 2.5 * launch, again,
+                sums * (2 - k.tensor_overlap), 3 * gathers, 2 * swaps)
+
+    def _head(self, plan: ParallelPlan) -> tuple[float, ...]:
+        """The same terms for the output head and the loss."""
+        d, vocab, tokens = self.spec.d_model, self.spec.vocab_size / plan.tp, plan.micro_batch * self.seq_len / plan.cp
+        moved = 6 * (tokens * d + d * vocab + tokens * vocab)
+        return (6 * tokens * d * vocab / self.matmul + moved / self.bandwidth, 0.0, LOSS_BYTES * tokens * vocab / self.bandwidth,
+                0.0, 0.0, 2 * self.collective(2, 2 * tokens * d, plan.tp, 1), 0.0, 0.0)
+
+    def _stages(self, plan: ParallelPlan) -> tuple[dict[tuple, int], tuple]:
+        """(how many pipeline stages hold a set of layers, the set of the last): a set is (kind, is it routed, how many)s."""
+        spec = self.spec
+        held = [tuple(sorted((*kind, n) for kind, n in Counter(
+            (spec.layer_kinds[i], spec.is_moe_layer(i)) for i in plan.layers_of(spec.n_layers, stage)).items()))
+            for stage in range(plan.pp)]
+        return Counter(held), held[-1]
+
+    def _send(self, plan: ParallelPlan) -> float:
+        """A micro-batch's hidden states to the next stage and gradients back, each rank its share."""
+        if plan.pp == 1:
+            return 0.0
+        size = 2 * plan.micro_batch * self.seq_len / plan.cp * self.spec.d_model / plan.tp
+        far = plan.tp * plan.cp * plan.dp >= self.cluster.devices_per_node
+        k = self.efficiency
+        one = k.network_hop_seconds + size / self.network if far else k.link_hop_seconds + size / self.link
+        return 2 * plan.n_chunks * one
+
+    def _micro_batch(self, plan: ParallelPlan) -> tuple[tuple[float, ...], float, float]:
+        """(terms of the slowest stage, its seconds, seconds of all stages together) for one micro-batch."""
+        stages, last = self._once(("stages", plan.pp, plan.n_chunks), self._stages, plan)
+        key = (plan.tp, plan.cp, plan.ep, plan.micro_batch, plan.recompute, plan.sequence_parallel)
+        head, slowest, total = self._once(("head", *key), self._head, plan), (0.0, ()), 0.0
+        for held, times in stages.items():
+            layers = [(n, self._once(("layer", kind, moe, *key), self._layer, kind, moe, plan)) for kind, moe, n in held]
+            terms = [sum(n * one[i] for n, one in layers) for i in range(8)]
+            total += times * sum(terms)
+            if held == last:
+                terms = [t + h for t, h in zip(terms, head)]
+            slowest = max(slowest, (sum(terms), tuple(terms)))
+        total += sum(head)
+        if plan.pp > 1:
+            # Layers can move away from the stage with the head: no slower than the head alone, or than an even share.
+            layer = (total - sum(head)) / self.spec.n_layers
+            even = max(sum(head), total / plan.pp, layer * -(-self.spec.n_layers // (plan.pp - 1)))
+            if even < slowest[0]:
+                slowest = even, tuple(t * even / slowest[0] for t in slowest[1])
+        return slowest[1], slowest[0], total
+
+    def _parameters(self, plan: ParallelPlan, stage: int) -> dict[str, int]:
+        count = memory.stage_parameters(self.spec, plan, stage)
+        apart = count["experts"] if plan.ep > 1 else 0
+        layers = sum(count.values()) - count["embedding"] - count["head"]
+        return {"rest": sum(count.values()) - apart, "experts": apart,
+                "largest": max(count["embedding"], count["head"], layers / len(plan.layers_of(self.spec.n_layers, stage)))}
+
+    def _ends(self, plan: ParallelPlan) -> list[tuple[int, Counter, dict[str, int]]]:
+        """Stages worth looking at, with what they hold: those that differ, and the first and last of all."""
+        spec = self.spec
+        return [(stage, Counter((spec.layer_kinds[i], spec.is_moe_layer(i)) for i in plan.layers_of(spec.n_layers, stage)),
+                 self._parameters(plan, stage)) for stage in memory.distinct_stages(spec, plan)]
+
+    def _replicas(self, plan: ParallelPlan, count: dict[str, int], work: float) -> float:
+        """What the gradients' way over the replicas adds to a step."""
+        n, stride, m, g, seconds = plan.dp * plan.cp, plan.tp, plan.n_micro_batches, self.gradient_bytes, 0.0
+        for held, ranks, apart in ((count["rest"], n, stride), (count["experts"], n // plan.ep, stride * plan.ep)):
+            if plan.zero_stage == 3:
+                ranks, copies = plan.shard or ranks, ranks // (plan.shard or ranks)
+                pieces = self.spec.n_layers // plan.pp + 1
+                traffic = m * pieces * (2 * self.collective(1, 2 * held / pieces, ranks, apart)
+                                        + self.collective(1, g * held / pieces, ranks, apart))
+                hidden = self.efficiency.shard_overlap * min(traffic, work)
+                seconds += max(traffic - work, 0) + min(traffic, work) - hidden
+                seconds += self.collective(2, g * held / ranks, copies, apart * ranks)
+            elif plan.zero_stage:
+                times = m if plan.zero_stage == 2 else 1
+                seconds += times * self.collective(1, g * held, ranks, apart) + self.collective(1, 2 * held, ranks, apart)
+            else:
+                seconds += self.collective(2, g * held, ranks, apart)
+        return seconds
+
+    def _peak(self, plan: ParallelPlan, stage: int, held: Counter, count: dict[str, int]) -> memory.MemoryUse:
+        """Bytes on a device of one stage at the fullest moment of a step."""
+        spec, k, key = self.spec, self.efficiency, (plan.tp, plan.cp, plan.ep, plan.micro_batch, plan.recompute, plan.sequence_parallel)
+        part = memory.state({"rest": count["rest"], "experts": count["experts"]}, plan, self.dtype, self.gradient_dtype)
+        sharded = count["rest"] / (plan.dp * plan.cp) + count["experts"] * plan.ep / (plan.dp * plan.cp)
+        if plan.zero_stage in (1, 2) and self.gradient_bytes < 4:
+            part["optimizer"] += 4 * sharded         # the step itself needs its shard of the gradients in fp32
+        elif self.two_gradients and self.gradient_bytes == 4 and plan.zero_stage < 3:
+            part["gradients"] += 2 * part["gradients"] / 4
+        one = {kind: self._once(("kept", kind, *key), self._kept, kind, plan) for kind in held}
+        kept = sum(n * one[kind][0] for kind, n in held.items())
+        flights = pipeline.in_flight(plan.pp, plan.n_micro_batches, stage, plan.n_chunks, plan.schedule)
+        part["activations"] = flights * kept / plan.n_chunks
+        largest = max(whole for _, whole in one.values())
+        part["working"] = k.working_layers * largest + (largest if plan.recompute == "full" else 0)
+        tokens = plan.micro_batch * self.seq_len / plan.cp
+        part["logits"] = 2 * tokens * spec.vocab_size / plan.tp if stage == plan.pp - 1 else 0
+        part["gathered"] = 4 * count["largest"] if plan.zero_stage == 3 else 0        # two layers' weights, 16 bits
+        moving = part["activations"] + part["working"] + part["logits"] + part["gathered"]
+        part["overhead"] = k.framework_bytes + k.fragmentation * moving
+        return memory.MemoryUse(part)
+
+    def _kept(self, kind: tuple[str, bool], plan: ParallelPlan) -> tuple[float, float]:
+        """(bytes kept, bytes of all activations) of one layer and micro-batch."""
+        spec = self.spec
+        layer = next(i for i in range(spec.n_layers) if (spec.layer_kinds[i], spec.is_moe_layer(i)) == kind)
+        bare = ParallelPlan(tp=plan.tp, cp=plan.cp, micro_batch=plan.micro_batch, sequence_parallel=plan.sequence_parallel)
+        old = not self.fused
+        size = lambda p: memory.layer_activation_bytes(spec, p, self.seq_len, layer, dropout=old, fused=self.fused)   # noqa: E731
+        return size(plan), size(bare)
+
+    def memory_by_stage(self, plan: ParallelPlan) -> dict[int, memory.MemoryUse]:
+        """What a device of each pipeline stage holds at its fullest moment; of stages alike, the first."""
+        plan.check(self.spec)
+        ends = self._once(("ends", plan.tp, plan.pp, plan.ep, plan.n_chunks), self._ends, plan)
+        return {stage: self._peak(plan, stage, held, count) for stage, held, count in ends}
+
+    def estimate(self, plan: ParallelPlan) -> Estimate:
+        """Time and memory of one step; ValueError, one line, if the plan cannot hold the model."""
+        k, m, p, v = self.efficiency, plan.n_micro_batches, plan.pp, plan.n_chunks
+        ends = self._cache.get(("ends", plan.tp, p, plan.ep, v))
+        if ends is None:
+            plan.check(self.spec)
+            ends = self._once(("ends", plan.tp, p, plan.ep, v), self._ends, plan)
+        terms, slowest, total = self._once(("time", plan.tp, p, plan.ep, plan.cp, v, plan.micro_batch, plan.recompute,
+                                            plan.sequence_parallel), self._micro_batch, plan)
+        send = self._send(plan)
+        if m >= p:
+            bubble = (total + p * send - slowest - send) / v
+        else:
+            bubble = pipeline._lost(p, m, v) / v * (slowest + send)
+        work = m * (slowest + send) + bubble
+        count = max((c for *_, c in ends), key=lambda c: c["rest"] + c["experts"])
+        shards = plan.shard or plan.dp * plan.cp if plan.zero_stage else 1
+        stepped = count["rest"] / shards + count["experts"] / max(shards // plan.ep, 1)
+        nodes = -(-plan.n_devices // self.cluster.devices_per_node)
+        products, attention, pointwise, kernels, again, tensor, context, experts = terms
+        late = k.straggling * math.log2(nodes)
+        by_term = {"products": m * products, "attention": m * attention, "pointwise": m * pointwise, "kernels": m * kernels,
+                   "recomputation": m * again, "tensor": m * tensor, "context": m * context, "experts": m * experts,
+                   "sends": m * send, "bubble": bubble, "replicas": self._replicas(plan, count, work * (1 + late)),
+                   "optimizer": stepped * (self.gradient_bytes + 26) / self.bandwidth,
+                   "straggling": late * work, "fixed": k.step_seconds}
+        sequences = plan.global_batch
+        again_flop = self.layer_flop if plan.recompute == "full" else (
+            self.score_flop if plan.recompute == "selective" and not self.fused else 0)
+        fullest = max((self._peak(plan, *end) for end in ends), key=lambda use: use.total)
+        return Estimate(plan, by_term, fullest, sequences * self.flop, sequences * (self.flop + again_flop),
+                        plan.n_devices * self.peak)

@@ -1,0 +1,292 @@
+"""Predictions beside published measurements, row by row: how wrong the estimates are, and where.
+
+A row is one measured figure of one run, in the columns below; what a paper leaves out stays empty, and `case` says what
+is assumed in its place. No row is treated by name, and no measured utilisation is an input.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import re
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from statistics import mean, median
+from typing import Any, Iterable, Mapping
+
+from gpt4lib.analysis import efficiency as eff
+from gpt4lib.analysis.estimator import Estimator
+from gpt4lib.analysis.training import Estimate
+from gpt4lib.specs.hardware import DTYPE_BYTES, ClusterSpec, DeviceSpec
+from gpt4lib.specs.model import LatentAttention, ModelSpec
+from gpt4lib.specs.workload import RECOMPUTE, ParallelPlan
+
+NUMBERS = ("n_layers", "d_model", "n_heads", "n_kv_heads", "vocab_size", "seq_len", "n_experts", "top_k", "n_devices",
+           "devices_per_node", "tp", "pp", "dp", "ep", "cp", "micro_batch", "global_batch")
+WORDS = ("d_ff", "gated_ffn", "device", "dtype", "recompute", "zero_stage", "quantity")
+COLUMNS = (*NUMBERS, *WORDS, "value")
+QUANTITIES = ("iteration_seconds", "tokens_per_second_per_device", "model_tflops_per_device",
+              "hardware_tflops_per_device", "peak_memory_bytes")
+BADLY_SCALED = 0.05                  # a measured MFU below which a run is set apart
+DEEPSEEK = LatentAttention(kv_rank=512, rope_dim=64, nope_dim=128, v_dim=128, q_rank=1536)   # arXiv:2405.04434, section 3.1.2
+
+
+class BadRow(ValueError):
+    """A value that cannot be read: names file, line and column."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row as an estimator understands it; where the layout is not fully published, the plans that may be meant."""
+    spec: ModelSpec
+    cluster: ClusterSpec
+    seq_len: int
+    dtype: str
+    gradient_dtype: str
+    fused: bool
+    two_gradients: bool
+    plans: tuple[ParallelPlan, ...]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One row priced, or the reason why not."""
+    id: str
+    source: str
+    quantity: str
+    measured: float | None
+    fitted: bool = False             # of the half that the constants were fitted to
+    predicted: float | None = None
+    bound_by: str = ""
+    mfu: float | None = None         # as measured, causal attention; None for memory
+    unpriced: str = ""
+
+    @property
+    def error(self) -> float | None:
+        """Predicted over measured, minus one."""
+        return None if self.predicted is None else self.predicted / self.measured - 1
+
+    @property
+    def group(self) -> str:
+        return "peak_memory_bytes" if self.quantity == "peak_memory_bytes" else "step_time"
+
+
+def read(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a file as numbers and words, each with its `line`; a value that cannot be read becomes `problem`.
+
+    ValueError, one line, naming the file if it cannot be read and the column if one is missing.
+    """
+    try:
+        text = Path(path).read_text("utf8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'}); "
+                         f"give a CSV file") from None
+    reader = csv.DictReader(text.splitlines(keepends=True))
+    missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
+    if missing:
+        raise ValueError(f"{path} line 1: no column {', '.join(missing)}; needed are {', '.join(COLUMNS)}")
+    rows = []
+    for raw in reader:
+        row: dict[str, Any] = {"line": reader.line_num, "problem": ""}
+        try:
+            row.update({k: (v or "").strip() for k, v in raw.items() if isinstance(k, str)})
+            for name in (*NUMBERS, "value"):
+                row[name] = _number(path, reader.line_num, name, row[name])
+            for name, accepted in (("quantity", QUANTITIES), ("recompute", ("", *RECOMPUTE)), ("gated_ffn", ("", "yes", "no")),
+                                   ("zero_stage", ("", "0", "1", "2", "3", "hybrid"))):
+                if row[name] not in accepted:
+                    raise BadRow(f"{path} line {reader.line_num}, column {name}: {row[name]!r} is not accepted; "
+                                 f"give {', '.join(filter(None, accepted))}")
+            if row["value"] is None:
+                raise BadRow(f"{path} line {reader.line_num}, column value: empty; give the measured number")
+        except BadRow as problem:
+            row["problem"] = str(problem)
+        rows.append(row)
+    return rows
+
+
+def _number(path, line: int, name: str, text: str) -> float | int | None:
+    if not text:
+        return None
+    try:
+        number = float(text)
+        if not (0 < number < float("inf") or number == 0 and name in ("n_experts", "top_k")):
+            raise ValueError
+        if name != "value" and number != int(number):
+            raise ValueError
+    except ValueError:
+        raise BadRow(f"{path} line {line}, column {name}: {text!r} is not accepted; give a positive "
+                     f"{'number' if name == 'value' else 'integer'}") from None
+    return number if name == "value" else int(number)
+
+
+@lru_cache(maxsize=None)
+def _cluster(name: str, per_node: int | None) -> ClusterSpec:
+    """The first cluster preset of such devices and nodes, else one of such devices with other nodes."""
+    known = DeviceSpec.presets()
+    device = name if name in known else next((d for d in known if d.split("-")[0] == name.split("-")[0]), None)
+    if device is None:
+        raise ValueError(f"device {name!r} is not known; presets: {', '.join(known)}")
+    alike = [c for c in map(ClusterSpec.preset, ClusterSpec.presets()) if c.device.name == device]
+    generation = DeviceSpec.preset(device).generation
+    alike = alike or [c for c in map(ClusterSpec.preset, ClusterSpec.presets()) if c.device.generation == generation]
+    if not alike:
+        raise ValueError(f"no cluster of {device} is known; add one to clusters.toml")
+    best = next((c for c in alike if c.devices_per_node == per_node), alike[0])
+    return replace(best, device=DeviceSpec.preset(device), devices_per_node=per_node or best.devices_per_node)
+
+
+@lru_cache(maxsize=None)
+def _spec(n_layers, d_model, n_heads, n_kv_heads, d_ff, gated, vocab_size, seq_len, n_experts, top_k, latent) -> ModelSpec:
+    """A model from its columns. d_ff of a mixture may read "1536 expert x160 + shared 3072 / dense 12288"."""
+    width = int(re.match(r"\d+", d_ff).group()) if re.match(r"\d+", d_ff) else 4 * d_model
+    extra: dict[str, Any] = {}
+    if n_experts:
+        found = {word: re.search(rf"{word} (\d+)", d_ff) for word in ("shared", "dense")}
+        dense = found["dense"]
+        extra = {"n_experts": n_experts, "top_k": top_k or 1, "d_expert": width, "moe_layers": tuple(range(bool(dense), n_layers)),
+                 "d_shared": int(found["shared"].group(1)) if found["shared"] else 0}
+        width = int(dense.group(1)) if dense else width
+    if latent:
+        extra |= {"latent": DEEPSEEK, "head_dim": DEEPSEEK.nope_dim + DEEPSEEK.rope_dim}
+    return ModelSpec(name="row", n_layers=n_layers, d_model=d_model, n_heads=n_heads, n_kv_heads=n_kv_heads, d_ff=width,
+                     vocab_size=vocab_size, context=seq_len, gated_ffn=gated, tied=not gated,
+                     positions="rotary" if gated else "learned", norm="rmsnorm" if gated else "layernorm", **extra)
+
+
+def case(row: Mapping[str, Any]) -> Case:
+    """A row as a model, a machine and a layout; ValueError, one line, says why it cannot be priced.
+
+    What rows leave out, and what stands in: no micro-batch, any power of two up to 8 that divides the batch;
+    no recomputation, the least that fits, or
+    the full one where attention is not fused; no ZeRO stage, none. Gradients are summed in fp32 beside bf16 weights and in
+    fp16 beside fp16. Ungated models on Volta or Ampere GPUs in fp16 or under model parallelism ran on software without
+    fused attention, and with full recomputation without sequence parallelism; tensor parallelism has it
+    otherwise. A note that says "interleaved" gives the chunks of a stage (m=3; two where it gives none). Systems
+    named DeepSeek have latent attention.
+    """
+    for name in ("n_layers", "d_model", "n_heads", "vocab_size", "seq_len", "device", "n_devices"):
+        if not row[name]:
+            raise ValueError(f"{name} is not published")
+    tp, pp, cp, ep = (row[name] or 1 for name in ("tp", "pp", "cp", "ep"))
+    cluster = _cluster(row["device"], row["devices_per_node"])
+    dp = row["dp"] or row["n_devices"] // (tp * pp * cp)
+    if tp * pp * dp * cp != row["n_devices"]:
+        raise ValueError(f"tp={tp} x pp={pp} x dp={dp} x cp={cp} is not n_devices={row['n_devices']}")
+    gated = row["gated_ffn"] == "yes"
+    spec = _spec(row["n_layers"], row["d_model"], row["n_heads"], row["n_kv_heads"] or row["n_heads"], row["d_ff"], gated,
+                 row["vocab_size"], row["seq_len"], row["n_experts"] or 0, row["top_k"],
+                 "deepseek" in row.get("system", "").lower())
+    words = re.findall(r"[a-z]+\d+", row["dtype"].lower())
+    dtype = next((w for w in words if w in DTYPE_BYTES), "bf16")
+    if dtype == "fp32" and words[1:]:
+        dtype = words[1]
+    if not row["dtype"] and dtype not in cluster.device.peak:
+        dtype = "fp16"
+    cluster.device.peak_flop_rate(dtype)
+    fused = gated or cluster.device.generation not in ("volta", "ampere") or (tp * pp == 1 and dtype != "fp16")
+    batch, micro = row["global_batch"], row["micro_batch"]
+    if not (batch or micro):
+        raise ValueError("neither global_batch nor micro_batch is published")
+    each = max(-(-(batch or micro * dp) // dp), 1)
+    micros = [micro] if micro else [b for b in (1, 2, 4, 8) if each % b == 0]
+    chunks = 1
+    if "interleav" in row.get("note", "").lower() and pp > 1:
+        given = re.search(r"interleav\w*(?: \w+)? [mv]=(\d+)", row["note"].lower())
+        chunks = int(given.group(1)) if given else 2
+        chunks = chunks if chunks * pp <= spec.n_layers else 1
+    zero = 3 if row["zero_stage"] == "hybrid" else int(row["zero_stage"] or 0)
+    shard = cluster.devices_per_node if row["zero_stage"] == "hybrid" and dp % cluster.devices_per_node == 0 else None
+    plans = tuple(
+        ParallelPlan(tp=tp, pp=pp, dp=dp, ep=ep, cp=cp, zero_stage=zero, micro_batch=b, n_micro_batches=max(-(-each // b), 1),
+                     recompute=recompute, sequence_parallel=tp > 1 and (fused or recompute != "full"), n_chunks=chunks, shard=shard)
+        for recompute in ([row["recompute"]] if row["recompute"] else RECOMPUTE if fused else ["full"]) for b in micros)
+    plans[0].check(spec)
+    return Case(spec, cluster, row["seq_len"], dtype, "fp16" if dtype == "fp16" else "fp32", fused,
+                not fused or "grad" in row["dtype"], plans)
+
+
+def choose(estimator: Estimator, plans: Iterable[ParallelPlan]) -> Estimate:
+    """Of the plans a row may mean: the fastest of those that fit with the least recomputation."""
+    estimates = [estimator.estimate(plan) for plan in plans]
+    fits = [e for e in estimates if e.memory.fits(estimator.cluster.device)] or estimates
+    least = min(RECOMPUTE.index(e.plan.recompute) for e in fits)
+    return min((e for e in fits if RECOMPUTE.index(e.plan.recompute) == least), key=lambda e: e.step_seconds)
+
+
+def quantity(name: str, estimate: Estimate, estimator: Estimator) -> float:
+    """What a row measures. Published TFLOP/s count the full square of scores (Narayanan et al. 2021, equation 3)."""
+    plan, step = estimate.plan, estimate.step_seconds
+    return {"iteration_seconds": step,
+            "tokens_per_second_per_device": plan.global_batch * estimator.seq_len / step / plan.n_devices,
+            "model_tflops_per_device": estimate.flop / step / plan.n_devices / 1e12,
+            "hardware_tflops_per_device": estimate.hardware_flop / step / plan.n_devices / 1e12,
+            "peak_memory_bytes": estimate.memory.total}[name]
+
+
+def is_fitted(it: Case) -> bool:
+    """Whether a configuration belongs to the half that constants are fitted to: a hash of model, machine and layout."""
+    plan = it.plans[0]
+    key = (it.spec.n_layers, it.spec.d_model, it.spec.n_heads, it.seq_len, plan.tp, plan.pp, plan.dp, plan.cp, plan.ep,
+           plan.micro_batch, it.cluster.device.name)
+    return hashlib.sha256(repr(key).encode()).digest()[0] % 2 == 0
+
+
+class Pricer:
+    """Prices rows, with one estimator for each model and machine."""
+
+    def __init__(self, efficiency: eff.Efficiency | None = None) -> None:
+        self.efficiency, self.estimators = efficiency, {}
+
+    def estimator(self, it: Case) -> Estimator:
+        key = (it.spec, it.cluster, it.seq_len, it.dtype, it.gradient_dtype, it.fused, it.two_gradients)
+        if key not in self.estimators:
+            self.estimators[key] = Estimator(*key[:5], fused=it.fused, two_gradients=it.two_gradients, causal=False,
+                                             efficiency=self.efficiency)
+        return self.estimators[key]
+
+    def price(self, row: Mapping[str, Any]) -> Result:
+        bare = Result(row.get("id") or f"line {row['line']}", row.get("source") or "", row["quantity"],
+                      row["value"] if isinstance(row["value"], float) else None)
+        if row["problem"]:
+            return replace(bare, unpriced=row["problem"])
+        try:
+            it = case(row)
+            estimator = self.estimator(it)
+            found = choose(estimator, it.plans)
+        except ValueError as reason:
+            return replace(bare, unpriced=str(reason))
+        predicted, used = quantity(row["quantity"], found, estimator), None
+        if bare.group == "step_time":                     # its error is that of the step, whatever it measures
+            ratio = bare.measured / predicted if row["quantity"] == "iteration_seconds" else predicted / bare.measured
+            scores = 3 * (estimator.score_flop - estimator.score_flop * (it.seq_len + 1) / 2 / it.seq_len)
+            useful = found.flop - found.plan.global_batch * scores
+            used = useful / (found.step_seconds * ratio * found.peak)
+        return replace(bare, predicted=predicted, bound_by=found.bound_by, mfu=used, fitted=is_fitted(it))
+
+
+def summary(results: Iterable[Result]) -> dict[str, float | int | None]:
+    """n, priced, and median, mean, 90th percentile and bias (median with its sign) of the error."""
+    results = list(results)
+    signed = [r.error for r in results if r.error is not None]
+    sizes = sorted(map(abs, signed))
+    return {"n": len(results), "priced": len(sizes),
+            **({"median_abs_error": median(sizes), "mean_abs_error": mean(sizes),
+                "p90_abs_error": sizes[min(int(0.9 * len(sizes)), len(sizes) - 1)], "bias": median(signed)} if sizes else
+               dict.fromkeys(("median_abs_error", "mean_abs_error", "p90_abs_error", "bias")))}
+
+
+def by_source(results: Iterable[Result]) -> dict[str, dict]:
+    """A summary for each source; rows below `BADLY_SCALED` stand apart from their source."""
+    groups: dict[str, list[Result]] = {}
+    for r in results:
+        apart = r.mfu is not None and r.mfu < BADLY_SCALED
+        groups.setdefault(f"{r.source} (below 5 % MFU)" if apart else r.source, []).append(r)
+    return {source: summary(found) for source, found in groups.items()}
+
+
+def average(summaries: Mapping[str, Mapping]) -> dict[str, float]:
+    """The mean over sources of each source's figure, so that a large sweep weighs like one table."""
+    told = [s for name, s in summaries.items() if s["priced"] and not name.endswith("(below 5 % MFU)")]
+    return {key: mean(s[key] for s in told) if told else None for key in ("median_abs_error", "mean_abs_error", "p90_abs_error")}
