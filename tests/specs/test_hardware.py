@@ -23,7 +23,8 @@ def test_devices_are_as_printed(name, dtype, tera, gigabytes, bandwidth, link, w
 def test_every_device_is_listed():
     assert DeviceSpec.presets() == ("v100-32gb", "a100-40gb", "a100-80gb", "h100-sxm", "h100-96gb", "h200", "h800", "b200",
                                    "tpu-v4")
-    assert ClusterSpec.presets() == ("dgx-a100", "dgx-h100", "gpt-4-training", "gpt-4-serving")
+    assert ClusterSpec.presets() == ("dgx-a100", "dgx-h100", "dgx-2", "a100-40gb-cloud", "jean-zay", "grand-teton", "dgx-h200",
+                                     "dgx-b200", "gpt-4-training", "gpt-4-serving")
 
 
 @pytest.mark.parametrize("name", DeviceSpec.presets())
