@@ -224,7 +224,9 @@ class Estimator:
         terms, slowest, total = self._once(("time", plan.tp, p, plan.ep, plan.cp, v, plan.micro_batch, plan.recompute,
                                             plan.sequence_parallel), self._micro_batch, plan)
         send = self._send(plan)
-        if m >= p:
+        if p == 1:
+            bubble = 0.0
+        elif m >= p:
             bubble = (total + p * send - slowest - send) / v
         else:
             bubble = pipeline._lost(p, m, v) / v * (slowest + send)
