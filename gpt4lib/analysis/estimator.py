@@ -33,6 +33,7 @@ class Estimator:
         if type(seq_len) is not int or seq_len < 1:
             raise ValueError(f"seq_len={seq_len!r} is not accepted; give a number of tokens >= 1")
         k = self.efficiency = efficiency or eff.fitted()
+        dtype_bytes(dtype)
         device = cluster.device
         self.spec, self.cluster, self.seq_len, self.dtype, self.fused = spec, cluster, seq_len, dtype, fused
         self.gradient_dtype, self.gradient_bytes, self.two_gradients = gradient_dtype, dtype_bytes(gradient_dtype), two_gradients
