@@ -88,10 +88,18 @@ def test_ranks_share_a_batch_without_loss_or_overlap(world_size):
 
 def test_resumed_anywhere_the_rest_is_the_same():
     whole = list(mixture().batches(4))
+    assert whole[-1][0] == len(mixture())
     for i, (state, _) in enumerate(whole):
         rest = list(mixture().batches(4, start=state))
         assert [s for s, _ in rest] == [s for s, _ in whole[i + 1:]]
         assert all(torch.equal(a, b) for (_, a), (_, b) in zip(rest, whole[i + 1:]))
+
+
+def test_windows_do_not_depend_on_where_reading_began():
+    stream = mixture()
+    whole = stream.rows(0, len(stream))
+    for start in range(len(stream) + 2):
+        assert torch.equal(stream.rows(start, 3), whole[start:start + 3])
 
 
 def test_resumed_on_another_number_of_ranks_or_with_another_batch_no_token_is_lost():
