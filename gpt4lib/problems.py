@@ -6,10 +6,12 @@ away from the chapter it belongs to.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Callable
 
-from gpt4lib.analysis import collectives, flops, inference, memory, pipeline, roofline
+from gpt4lib import recorded
+from gpt4lib.analysis import collectives, flops, inference, memory, pipeline, roofline, scaling_laws
 from gpt4lib.analysis.parameters import parameters
 from gpt4lib.specs.hardware import DeviceSpec
 from gpt4lib.specs.model import ModelSpec
@@ -63,6 +65,20 @@ def _tensor_wait(device: str, tp: int) -> float:
     return sent / card.link_bandwidth / (work / card.peak_flop_rate("bf16"))
 
 
+def _served(n_parameters: float, tokens: float) -> float:
+    """The tokens served for which this size and data are the refit law's cheapest way to their loss."""
+    law = scaling_laws.REFIT
+    return 3 * tokens * (law.alpha * law.a / n_parameters ** law.alpha / (law.beta * law.b / tokens ** law.beta) - 1)
+
+
+def _predicted_without_the_smallest() -> float:
+    """The larger run's loss, from a fit to the recorded runs of every size but the smallest."""
+    run = recorded.load("scaling_cpu")
+    rows = [(r["parameters"], r["tokens"], r["loss"]) for r in run["fitted"]]
+    law = scaling_laws.fit([r for r in rows if r[0] > min(rows)[0]])
+    return scaling_laws.loss(run["beyond"]["parameters"], run["beyond"]["tokens"], law)
+
+
 PROBLEMS: dict[str, Problem] = {
     "1.1": Problem(
         "Q and O are d x (h*k) each, K and V d x k each; a gated block has three matrices; the head is tied.",
@@ -83,6 +99,24 @@ PROBLEMS: dict[str, Problem] = {
     "1.6": Problem(
         "Loop over multiples of 8 and keep the one whose attention count is nearest to 55e9.",
         lambda: _nearest_heads(256, 55e9)),
+    "2.1": Problem(
+        "2 T + 4 C = 13 with T = 3, then T + C; in tokens, not in trillions.",
+        lambda: 3e12 + (13e12 - 2 * 3e12) / 4, 0.001),
+    "2.2": Problem(
+        "U (1 + R (1 - exp(-(e - 1) / R))) with U = 1, e = 8 and R = 15.39.",
+        lambda: scaling_laws.effective_tokens(1, 8), 0.005),
+    "2.3": Problem(
+        "The equation of the served optimum, solved for T: 3 D (left side - 1), with the refit's constants.",
+        lambda: _served(parameters(ModelSpec.preset("llama-2-70b")).total, 2e12), 0.02),
+    "2.4": Problem(
+        "15,360 x 4,096 tokens, of which each visits 8 of 256 routed experts.",
+        lambda: 15360 * 4096 * 8 / 256, 0.001),
+    "2.5": Problem(
+        "X / (B1 - B0) ln(B1 / B0), with B0 a fifth of B1 = 15,360 x 4,096 and X = 469e9.",
+        lambda: 469e9 / (0.8 * 15360 * 4096) * math.log(5), 0.005),
+    "2.6": Problem(
+        "laws.fit([r for r in runs if r[0] > min(runs)[0]]), then laws.loss of the larger run.",
+        _predicted_without_the_smallest, 0.002),
     "3.1": Problem(
         "(p - 1) / (m + p - 1) with p = 16 and m = 64.",
         lambda: pipeline.bubble_fraction(16, 64), 0.005),
