@@ -1,4 +1,4 @@
-"""Import time, and training estimates per second, against llm-analysis 0.2.2 in the same run.
+"""Import time, training estimates per second and their errors, against llm-analysis 0.2.2 in the same run.
 
     python benchmarks/estimates.py          writes results/estimates.json
 """
@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import statistics
 import subprocess
 import sys
+import time
 
 import runner
 
@@ -21,50 +23,144 @@ def imports(module: str):
     return lambda: subprocess.run([sys.executable, "-c", f"import {module}"], check=True)
 
 
-def ours(n: int):
-    """n estimates: memory of the fullest device by part, and FLOP of a step, for GPT-3 at tensor 8 x pipeline 16."""
-    from gpt4lib import ModelSpec, ParallelPlan, flops, memory
-    spec = ModelSpec.preset("gpt-3-175b")
+def plans(n: int):
+    """n different layouts of GPT-3 on 1,024 A100s that both accept (the peer refuses one that it finds too large)."""
+    from gpt4lib import ClusterSpec, ModelSpec, planner
+    spec, device, found = ModelSpec.preset("gpt-3-175b"), ClusterSpec.preset("dgx-a100").device, []
+    for plan in planner.layouts(spec, 1024, 8, 1536):
+        try:
+            priced_by_them(spec, device, 25e9, SEQ_LEN, plan, plan.n_micro_batches, plan.recompute, 0.5)
+            found.append(plan)
+        except AssertionError:
+            continue
+    return found[::max(len(found) // n, 1)][:n]
+
+
+def ours(layouts):
+    """Time by term and memory by part of every layout, with nothing kept from the time before."""
+    from gpt4lib import ClusterSpec, Estimator, ModelSpec
+    spec, cluster = ModelSpec.preset("gpt-3-175b"), ClusterSpec.preset("dgx-a100")
 
     def run() -> None:
-        for i in range(n):
-            plan = ParallelPlan(tp=8, pp=16, zero_stage=1, micro_batch=1 + i % 4)
-            memory.training(spec, plan, SEQ_LEN)
-            one = flops.forward(spec, plan.micro_batch, SEQ_LEN, causal=True)
-            flops.backward(one)
+        estimator = Estimator(spec, cluster, SEQ_LEN)
+        for plan in layouts:
+            estimator.estimate(plan)
     return run
 
 
-def theirs(n: int):
-    """The same model, devices and batches through their training entry point, with its logging off."""
-    logging.disable(logging.CRITICAL)
-    from llm_analysis.analysis import DSZeRO, LLMAnalysis
+def priced_by_them(spec, device, network: float, seq_len: int, plan, micro_batches: int, recompute: str, efficiency: float | None):
+    """What llm-analysis returns for a layout: its latency for an iteration, and its memory."""
+    from llm_analysis.analysis import ActivationRecomputation, DSZeRO, LLMAnalysis
     from llm_analysis.config import GPUConfig, ModelConfig, ParallelismConfig
-    model = ModelConfig("gpt-3-175b", 96, 96, 12288, 50257, max_seq_len=2048, expansion_ratio=4)
-    gpu = GPUConfig("a100-80gb", 80, 2039, 300, 1e-5, 312)
+    model = ModelConfig("row", spec.n_layers, spec.n_heads, spec.d_model, spec.vocab_size, max_seq_len=seq_len,
+                        num_key_value_heads=spec.n_kv_heads, ffn_embed_dim=spec.d_ff)
+    gpu = GPUConfig(device.name, device.memory_bytes / 1e9, device.memory_bandwidth / 1e9, device.link_bandwidth / 1e9, 1e-5,
+                    device.peak.get("bf16", device.peak.get("fp16")) / 1e12, inter_node_bandwidth_in_GB_per_sec=network / 1e9)
+    analysis = LLMAnalysis(model, gpu, parallelism_config=ParallelismConfig(tp_size=plan.tp, pp_size=plan.pp, dp_size=plan.dp,
+                                                                            sp_size=plan.tp if plan.sequence_parallel else 1),
+                           flops_efficiency=efficiency)
+    recomputed = {"none": "NONE", "selective": "ATTN", "full": "FULL"}[recompute]
+    recomputed = getattr(ActivationRecomputation, recomputed, ActivationRecomputation.NONE)
+    return analysis.training(batch_size_per_gpu=plan.micro_batch, gradient_accumulation_steps=micro_batches, seq_len=seq_len,
+                             total_num_tokens=10**9, ds_zero=DSZeRO(plan.zero_stage), activation_recomputation=recomputed,
+                             mlp_gated_linear_units=spec.gated_ffn)
+
+
+def theirs(layouts):
+    """The same layouts through their training entry point, with its logging off."""
+    from gpt4lib import ClusterSpec, ModelSpec
+    spec, cluster = ModelSpec.preset("gpt-3-175b"), ClusterSpec.preset("dgx-a100")
 
     def run() -> None:
-        for i in range(n):
-            analysis = LLMAnalysis(model, gpu, parallelism_config=ParallelismConfig(tp_size=8, pp_size=16),
-                                   flops_efficiency=0.5, hbm_memory_efficiency=0.9)
-            analysis.training(batch_size_per_gpu=1 + i % 4, gradient_accumulation_steps=1, seq_len=SEQ_LEN,
-                              total_num_tokens=10**9, ds_zero=DSZeRO.STAGE_1)
+        for plan in layouts:
+            priced_by_them(spec, cluster.device, 25e9, SEQ_LEN, plan, plan.n_micro_batches, plan.recompute, 0.5)
     return run
+
+
+def search() -> dict:
+    """Every layout of GPT-4 on 25,000 A100s: found, priced and ranked by the planner; and priced alone."""
+    from gpt4lib import ClusterSpec, Estimator, ModelSpec, planner
+    spec, cluster, seconds, alone = ModelSpec.preset("gpt-4"), ClusterSpec.preset("gpt-4-training"), [], []
+    layouts = list(planner.layouts(spec, 25_000, 8, 7324))
+    for _ in range(5):
+        start = time.perf_counter()
+        planner.search(Estimator(spec, cluster, 8192), 25_000, 7324)
+        seconds.append(time.perf_counter() - start)
+        start, estimator = time.perf_counter(), Estimator(spec, cluster, 8192)
+        for plan in layouts:
+            estimator.estimate(plan)
+        alone.append(time.perf_counter() - start)
+    return {"layouts": len(layouts), "seconds": {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds)},
+            "estimates_per_second": round(len(layouts) / statistics.median(alone))}
+
+
+def errors() -> dict:
+    """Step times of the shipped rows that our constants were not fitted to, dense models above 5 % MFU: ours beside
+    theirs, at its default efficiency and at the one constant that suits it best on the rows that ours were fitted to."""
+    from importlib import resources
+    from gpt4lib import validation as v
+    rows = v.read(resources.files("gpt4lib.analysis").joinpath("measured", "training.csv"))
+    pricer, cases = v.Pricer(), []
+    for row in rows:
+        result = pricer.price(row)
+        if not result.unpriced and result.group == "step_time" and not v.apart(result) and not row["n_experts"]:
+            it = v.case(row)
+            plan = v.choose(pricer.estimator(it), it.plans).plan
+            step = v.choose(pricer.estimator(it), it.plans).step_seconds
+            ratio = result.measured / result.predicted
+            measured = step * ratio if row["quantity"] == "iteration_seconds" else step / ratio
+            cases.append((result, it, plan, step, measured))
+
+    def by_source(seconds) -> dict[str, float]:
+        found: dict[str, list[float]] = {}
+        for (result, *_, measured), predicted in zip(cases, seconds):
+            if not result.fitted and predicted:
+                found.setdefault(result.source, []).append(abs(predicted / measured - 1))
+        return {source: statistics.median(e) for source, e in found.items()}
+
+    def them(efficiency) -> list[float | None]:
+        out = []
+        for _, it, plan, *_ in cases:
+            try:
+                found = priced_by_them(it.spec, it.cluster.device, it.cluster.inter_node_bandwidth, it.seq_len, plan,
+                                       plan.n_micro_batches, plan.recompute, efficiency)
+                out.append(found["latency_per_iter"])
+            except Exception:                                            # what it refuses or crashes on is not priced
+                out.append(None)
+        return out
+
+    def fit_loss(seconds) -> float:
+        return statistics.median(abs(p / m - 1) for (r, *_, m), p in zip(cases, seconds) if r.fitted and p)
+
+    tried = {e: them(e) for e in (0.3, 0.4, 0.5, 0.6, 0.7)}
+    best = min(tried, key=lambda e: fit_loss(tried[e]))
+    told = {"gpt4lib": [step for *_, step, _ in cases], f"{PEER}, default": them(None), f"{PEER}, best constant {best}": tried[best]}
+    held = sum(not r.fitted for r, *_ in cases)
+    return {name: {"rows": held, "priced": sum(1 for (r, *_), p in zip(cases, seconds) if p and not r.fitted),
+                   "average_of_sources_median_error": statistics.mean(by_source(seconds).values()), "by_source": by_source(seconds)}
+            for name, seconds in told.items()}
 
 
 def main() -> int:
     if importlib.util.find_spec("llm_analysis") is None:
         print(f"{PEER} is not installed; see benchmarks/README.md for the environment", file=sys.stderr)
         return 2
-    n = 200
+    logging.disable(logging.CRITICAL)
+    layouts = plans(400)
     loads = runner.interleaved({"gpt4lib": imports("gpt4lib.cli"), PEER: imports("llm_analysis.analysis")})
-    runs = runner.interleaved({"gpt4lib": ours(n), PEER: theirs(n)}, runs=7)
+    runs = runner.interleaved({"gpt4lib": ours(layouts), PEER: theirs(layouts)}, runs=7)
     results = {"import_process": runner.summary(loads, "gpt4lib", PEER),
-               "training_estimates": {"estimates_per_run": n, **runner.summary(runs, "gpt4lib", PEER)}}
+               "training_estimates": {"estimates_per_run": len(layouts), **runner.summary(runs, "gpt4lib", PEER)},
+               "search": search(), "errors": errors()}
     for name in ("gpt4lib", PEER):
-        rate = n / results["training_estimates"]["seconds"][name]["median"]
+        rate = len(layouts) / results["training_estimates"]["seconds"][name]["median"]
         results["training_estimates"]["seconds"][name]["estimates_per_second"] = round(rate)
         print(f"{name:13} {rate:9,.0f} estimates/s   import {results['import_process']['seconds'][name]['median']:.3f} s")
+    print(f"GPT-4 on 25,000 A100s: {results['search']['layouts']:,} layouts in {results['search']['seconds']['median']:.2f} s, "
+          f"{results['search']['estimates_per_second']:,} estimates/s")
+    for name, told in results["errors"].items():
+        print(f"{name:32} {told['priced']} of {told['rows']} rows, median error {100 * told['average_of_sources_median_error']:.1f} % "
+              "(average of sources)")
     print(f"wrote {runner.write('estimates', results)}")
     return 0
 

@@ -1,7 +1,8 @@
-"""Small training runs, recorded: the loss against the number of experts, and against the number of key/value heads.
+"""Small training runs, recorded: the loss against the experts, the key/value heads, and the size and data of a model.
 
     python benchmarks/small_runs.py experts     writes results/experts_loss.json
     python benchmarks/small_runs.py heads       writes results/heads_loss.json
+    python benchmarks/small_runs.py scaling     writes results/scaling_cpu.json, on one thread
 
 Every run of one seed sees the same bytes in the same order and starts from the same generator, so differences between
 rows of a seed are differences between the models. Losses are nats per byte on held-out documents.
@@ -25,6 +26,7 @@ from gpt4lib.nn.transformer import Transformer
 
 BASE = ModelSpec(name="small", n_layers=3, d_model=128, n_heads=8, d_ff=512, vocab_size=data.VOCAB_SIZE, context=128)
 BATCH, LEARNING_RATE, WARM_UP, BALANCE = 32, 3e-3, 40, 0.01
+SIZES, STEPS, BEYOND = ((2, 32), (2, 48), (2, 64), (2, 96)), (250, 500, 1000, 2000), ((3, 128), 3000)      # (layers, width)
 
 
 def variants(which: str) -> dict[str, ModelSpec]:
@@ -39,17 +41,18 @@ def variants(which: str) -> dict[str, ModelSpec]:
             "multi-query, wider block": BASE.with_(n_kv_heads=1, d_ff=wider)}
 
 
-def train(spec: ModelSpec, seed: int, steps: int, texts: tuple[torch.Tensor, torch.Tensor]) -> dict:
-    """One run; -> its held-out losses by step, and how evenly the experts were used at the end."""
+def train(spec: ModelSpec, seed: int, steps: int, texts: tuple[torch.Tensor, torch.Tensor], batch_size: int = BATCH,
+          learning_rate: float = LEARNING_RATE, warm_up: int = WARM_UP, looks: int = 10) -> dict:
+    """One run; -> its held-out losses at `looks` steps, and how evenly the experts were used at the end."""
     model = Transformer(spec, seed=seed)
-    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min((i + 1) / WARM_UP, 0.55 + 0.45 * math.cos(math.pi * i / steps)))
+        optimizer, lambda i: min((i + 1) / warm_up, 0.55 + 0.45 * math.cos(math.pi * i / steps)))
     order = torch.Generator().manual_seed(seed)
     held_out = data.windows(texts[1], 256, spec.context, torch.Generator().manual_seed(0))
     losses, start = {}, time.perf_counter()
     for step in range(1, steps + 1):
-        batch = data.windows(texts[0], BATCH, spec.context, order)
+        batch = data.windows(texts[0], batch_size, spec.context, order)
         with routings(model) as seen:
             logits = model(batch[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
@@ -59,7 +62,7 @@ def train(spec: ModelSpec, seed: int, steps: int, texts: tuple[torch.Tensor, tor
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % max(1, steps // 10) == 0 or step == steps:
+        if step % max(1, steps // looks) == 0 or step == steps:
             losses[step] = held_out_loss(model, held_out)
     used = [torch.bincount(r.chosen.flatten(), minlength=spec.n_experts) for r in seen]
     return {"seed": seed, "loss": losses[steps], "losses": losses, "seconds": time.perf_counter() - start,
@@ -73,13 +76,34 @@ def held_out_loss(model: Transformer, windows: torch.Tensor) -> float:
                for w in windows.split(64)) / windows[:, 1:].numel()
 
 
+def scaling(texts: tuple[torch.Tensor, torch.Tensor]) -> dict:
+    """Every size for every number of steps, and one larger model trained longer, that a fit to the others has to predict.
+
+    Each run has its own schedule, down to a tenth at its own end: the loss half-way through a longer run is not the
+    loss of a shorter one (Hoffmann et al. 2022, section 3.1). The learning rate goes with one over the width.
+    """
+    torch.set_num_threads(1)
+    rows = []
+    for (n_layers, width), steps in [*((size, steps) for size in SIZES for steps in STEPS), BEYOND]:
+        spec = BASE.with_(n_layers=n_layers, d_model=width, n_heads=width // 16, n_kv_heads=width // 16, d_ff=4 * width)
+        run = train(spec, 0, steps, texts, batch_size=8, learning_rate=0.256 / width, warm_up=steps // 10, looks=1)
+        rows.append({"n_layers": n_layers, "d_model": width, "parameters": parameters(spec).total,
+                     "tokens": steps * 8 * spec.context, "loss": run["loss"], "seconds": run["seconds"]})
+        print(f"{n_layers} x {width:3}  {steps:4} steps  {run['loss']:.4f} nats/byte  {run['seconds']:.0f} s", flush=True)
+    return {"shape": {"threads": 1}, "learning_rate_times_width": 0.256, "fitted": rows[:-1], "beyond": rows[-1]}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("which", choices=("experts", "heads"))
+    parser.add_argument("which", choices=("experts", "heads", "scaling"))
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, default=2)
     arguments = parser.parse_args()
     texts, rows = data.split(), []
+    sizes = {"training": len(texts[0]), "validation": len(texts[1])}
+    if arguments.which == "scaling":
+        print(f"wrote {runner.write('scaling_cpu', {'bytes': sizes, **scaling(texts)})}")
+        return 0
     for name, spec in variants(arguments.which).items():
         runs = []
         for seed in range(arguments.seeds):
@@ -88,7 +112,7 @@ def main() -> int:
         count = parameters(spec)
         rows.append({"name": name, "n_experts": spec.n_experts, "n_kv_heads": spec.n_kv_heads, "d_ff": spec.d_ff,
                      "params_total": count.total, "params_active": count.active, "runs": runs})
-    results = {"bytes": {"training": len(texts[0]), "validation": len(texts[1])}, "steps": arguments.steps,
+    results = {"bytes": sizes, "steps": arguments.steps,
                "tokens_per_step": BATCH * BASE.context, "learning_rate": LEARNING_RATE, "rows": rows}
     print(f"wrote {runner.write(f'{arguments.which}_loss', results)}")
     return 0

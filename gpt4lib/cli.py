@@ -44,28 +44,132 @@ def params(args: argparse.Namespace) -> tuple[Any, str]:
     return data, f"{spec.name}\n{text}"
 
 
+def _plan(args: argparse.Namespace, **more: int) -> Any:
+    from gpt4lib.specs.workload import ParallelPlan
+    return ParallelPlan(tp=args.tp or 1, pp=args.pp or 1, ep=args.ep or 1, cp=args.cp or 1, zero_stage=args.zero or 0,
+                        micro_batch=args.micro_batch or 1, recompute=args.recompute or "none",
+                        sequence_parallel=args.sequence_parallel, n_chunks=args.chunks or 1, **more)
+
+
+def _counted(args: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not value >= 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value} is not accepted; give a number >= 1")
+
+
+def _estimator(args: argparse.Namespace, spec: ModelSpec) -> Any:
+    from gpt4lib.analysis.estimator import Estimator
+    from gpt4lib.specs.hardware import ClusterSpec, DeviceSpec
+    DeviceSpec.preset(args.device)
+    context = spec.context if args.context is None else args.context
+    return Estimator(spec, ClusterSpec.around(args.device), context, args.dtype, args.gradient_dtype)
+
+
+def _bytes(use: Any, device: Any) -> tuple[dict[str, float], str]:
+    data = {**use.by_part, "total": use.total}
+    rows = [(part.replace("_", " "), fmt.bytes_si(n), fmt.bytes_iec(n)) for part, n in data.items()]
+    verdict = "fits in" if use.fits(device) else "does not fit in"
+    return data, fmt.table(rows, ("part", "GB", "GiB"), right=(1, 2)) + f"\n{verdict} {fmt.bytes_si(device.memory_bytes)}"
+
+
 def memory(args: argparse.Namespace) -> tuple[Any, str]:
     """Bytes on the fullest device, training or (--kv) serving."""
     from gpt4lib.analysis import memory as m
-    from gpt4lib.specs.hardware import DeviceSpec
-    from gpt4lib.specs.workload import ParallelPlan
-    spec, device = ModelSpec.load(args.model), DeviceSpec.preset(args.device)
-    plan = ParallelPlan(tp=args.tp, pp=args.pp, dp=args.dp, ep=args.ep, zero_stage=args.zero, micro_batch=args.micro_batch,
-                        n_micro_batches=args.n_micro_batches, recompute=args.recompute,
-                        sequence_parallel=args.sequence_parallel)
-    context = spec.context if args.context is None else args.context
-    for name, value in (("--context", context), ("--batch", args.batch)):
-        if value < 1:
-            raise ValueError(f"{name} {value} is not accepted; give an integer >= 1")
-    use = (m.serving(spec, plan, args.batch, context, args.dtype, args.kv_dtype) if args.kv
-           else m.training(spec, plan, context, args.dtype, args.gradient_dtype))
-    data = {"bytes_per_device": {**use.by_part, "total": use.total}, "fits": use.fits(device)}
-    rows = [(part.replace("_", " "), fmt.bytes_si(n), fmt.bytes_iec(n)) for part, n in data["bytes_per_device"].items()]
-    verdict = "fits in" if data["fits"] else "does not fit in"
-    what = f"serving {args.batch} x {context} tokens" if args.kv else f"training on {context} tokens a sequence"
-    return data, (f"{spec.name}, {what}, {plan.n_devices} x {device.name}, the fullest one\n"
-                  + fmt.table(rows, ("part", "GB", "GiB"), right=(1, 2))
-                  + f"\n{verdict} {fmt.bytes_si(device.memory_bytes)}")
+    _counted(args, "context", "batch", "dp", "n_micro_batches")
+    spec = ModelSpec.load(args.model)
+    estimator, plan = _estimator(args, spec), _plan(args, dp=args.dp, n_micro_batches=args.n_micro_batches)
+    use = (m.serving(spec, plan, args.batch, estimator.seq_len, args.dtype, args.kv_dtype) if args.kv
+           else estimator.estimate(plan).memory)
+    data, text = _bytes(use, estimator.cluster.device)
+    what = f"serving {args.batch} x {estimator.seq_len} tokens" if args.kv else f"training on {estimator.seq_len} tokens a sequence"
+    return ({"bytes_per_device": data, "fits": use.fits(estimator.cluster.device)},
+            f"{spec.name}, {what}, {plan.n_devices} x {args.device}, the fullest one\n{text}")
+
+
+def train(args: argparse.Namespace) -> tuple[Any, str]:
+    """Time, money and memory of a training run, under a given layout or the best one."""
+    from dataclasses import asdict
+    from gpt4lib.analysis import cost, planner
+    _counted(args, "context", "batch", "gpus", "tokens")
+    estimator = _estimator(args, ModelSpec.load(args.model))
+    batch = args.batch or max(round(4e6 / estimator.seq_len), 1)
+    if args.tp or args.pp or args.ep or args.cp or args.zero or args.micro_batch or args.recompute:
+        bare = _plan(args)
+        dp = args.gpus // bare.n_devices
+        if not dp:
+            raise ValueError(f"tp x pp x cp needs {bare.n_devices} devices, --gpus is {args.gpus}; lower one of the degrees")
+        plan = _plan(args, dp=dp, n_micro_batches=max(round(batch / (dp * bare.micro_batch)), 1))
+        found = estimator.estimate(plan)
+    else:
+        found = planner.search(estimator, args.gpus, batch).best
+    device, useful = estimator.cluster.device, 1.0
+    if args.mtbf:
+        useful = cost.goodput(found.plan.n_devices, args.mtbf, args.checkpoint_seconds, args.restart_seconds).fraction
+    run = cost.run(found.plan.n_devices, found.step_seconds, found.plan.global_batch * estimator.seq_len, args.tokens,
+                   args.price, device.power_watts, useful)
+    steps = args.tokens / (found.plan.global_batch * estimator.seq_len)
+    used, table = _bytes(found.memory, device)
+    data = {"flop": steps * found.flop, "mfu": found.mfu, "hfu": found.hfu, "step_seconds": found.step_seconds,
+            "days": run.seconds / 86400, "gpu_hours": run.device_hours, "dollars": run.dollars, "joules": run.joules,
+            "goodput": useful, "plan": asdict(found.plan), "memory": {**used, "fits": found.memory.fits(device)},
+            "by_term": found.by_term}
+    return data, (f"{estimator.spec.name} on {fmt.count(args.tokens)} tokens, {found.plan.n_devices} x {args.device}, "
+                  f"{planner.name(found.plan)}\n{fmt.seconds(run.seconds)}, {fmt.count(run.device_hours)} GPU-hours, "
+                  f"{fmt.dollars(run.dollars)} at ${args.price:g}, {run.joules / 3.6e12:,.3g} GWh, goodput {fmt.percent(useful)}\n\n"
+                  f"{found.explain()}\n{table.splitlines()[-1]}")
+
+
+def plan(args: argparse.Namespace) -> tuple[Any, str]:
+    """The best layouts, and why each of the others loses."""
+    from dataclasses import asdict
+    from gpt4lib.analysis import planner
+    _counted(args, "context", "batch", "gpus", "top")
+    estimator = _estimator(args, ModelSpec.load(args.model))
+    found = planner.search(estimator, args.gpus, args.batch)
+    shown = found.fitting[:args.top] or [found.best]
+    losers = found.fitting[args.top::max(len(found.fitting) // args.top, 1)][:args.top] + found.too_large[:args.top]
+    data = {"layouts": len(found.fitting) + len(found.too_large), "fitting": len(found.fitting),
+            "best": [{"plan": asdict(e.plan), "step_seconds": e.step_seconds, "mfu": e.mfu, "tokens_per_second":
+                      planner.rate(e, estimator.seq_len), "memory": e.memory.total} for e in shown],
+            "losers": [{"plan": asdict(e.plan), "why": found.why(e)} for e in losers]}
+    rows = [(planner.name(e.plan), fmt.seconds(e.step_seconds), fmt.percent(e.mfu), fmt.bytes_si(e.memory.total), found.why(e))
+            for e in shown]
+    return data, (f"{estimator.spec.name} on {args.gpus} x {args.device}, {args.batch} x {estimator.seq_len} tokens a step: "
+                  f"{data['fitting']} of {data['layouts']} layouts fit\n"
+                  + fmt.table(rows, ("layout", "step", "MFU", "memory", "why"), right=(1, 2, 3)) + "\n\nsome of the others\n"
+                  + fmt.table([(planner.name(e.plan), found.why(e)) for e in losers]))
+
+
+def validate(args: argparse.Namespace) -> tuple[Any, str]:
+    """Predictions beside published measurements."""
+    from gpt4lib.analysis import validation as v
+    rows = v.read(args.file)
+    results, pricer = [], v.Pricer()
+    for row in rows:
+        results.append(pricer.price(row))
+    args.problems = [row["problem"] for row in rows if row["problem"]]
+    groups = {group: [r for r in results if r.group == group] for group in ("step_time", "peak_memory_bytes")}
+    parts = {"all": results, "held out": [r for r in results if not r.fitted], "fitted": [r for r in results if r.fitted]}
+    told = {f"{group}, {part}": v.average(v.by_source(r for r in found if r.group == group))
+            for group in groups for part, found in parts.items()}
+    well, badly = [r for r in results if not v.apart(r)], [r for r in results if v.apart(r)]
+    data = {"overall": v.summary(well), "below_5_percent_mfu": v.summary(badly), "by_source": v.by_source(results),
+            "by_quantity": {q: v.summary(r for r in well if r.quantity == q) for q in dict.fromkeys(r.quantity for r in results)},
+            "average_of_sources": told,
+            "rows": [{"id": r.id, "quantity": r.quantity, "measured": r.measured, **(
+                {"unpriced": r.unpriced} if r.unpriced else
+                {"predicted": r.predicted, "error": r.error, "bound_by": r.bound_by, "fitted": r.fitted})} for r in results]}
+    percent = lambda x: "" if x is None else fmt.percent(x)                                     # noqa: E731
+    line = lambda name, s: (name, *(s.get(k, "") for k in ("n", "priced")), *(percent(s.get(k)) for k in (    # noqa: E731
+        "median_abs_error", "mean_abs_error", "p90_abs_error", "bias")))
+    table = [line(f"{source[:60]}, {group.split('_')[0]}", s) for group, found in groups.items()
+             for source, s in v.by_source(found).items()]
+    table += [line(f"average of sources: {name}", s) for name, s in told.items()] + [line("every row", data["overall"])]
+    table += [line("every row below 5 % MFU", data["below_5_percent_mfu"])] if badly else []
+    text = fmt.table(table, ("source", "n", "priced", "median", "mean", "p90", "bias"), right=(1, 2, 3, 4, 5, 6))
+    unpriced = [f"{r.id}: {r.unpriced}" for r in results if r.unpriced]
+    return data, text + ("\n\nnot priced\n" + "\n".join(unpriced) if unpriced else "")
 
 
 def claims(args: argparse.Namespace) -> tuple[Any, str]:
@@ -91,22 +195,45 @@ def build() -> Parser:
 
     model = dict(metavar="MODEL", help="a preset (gpt-4, llama-3.1-8b, ...) or the path of a config.json")
     command(params, "params").add_argument("model", **model)
-    sub = command(memory, "memory")
-    sub.add_argument("model", **model)
-    sub.add_argument("--device", default="a100-80gb", help="a device preset (default: %(default)s)")
-    for flag, text in (("tp", "tensor"), ("pp", "pipeline"), ("dp", "data"), ("ep", "expert")):
-        sub.add_argument(f"--{flag}", type=int, default=1, help=f"{text} parallel degree (default: 1)")
-    sub.add_argument("--zero", type=int, default=0, help="ZeRO stage 0-3 (default: 0)")
-    sub.add_argument("--micro-batch", type=int, default=1, help="sequences a micro-batch (default: 1)")
+    def trained(run, name):
+        sub = command(run, name)
+        sub.add_argument("model", **model)
+        sub.add_argument("--device", default="a100-80gb", help="a device preset (default: %(default)s)")
+        sub.add_argument("--context", type=int, help="tokens a sequence (default: the model's context)")
+        sub.add_argument("--dtype", default="bf16", help="of the weights (default: bf16)")
+        sub.add_argument("--gradient-dtype", default="fp32", help="of the sum of gradients (default: fp32)")
+        return sub
+
+    def laid_out(sub):
+        for flag, text in (("tp", "tensor"), ("pp", "pipeline"), ("ep", "expert"), ("cp", "context")):
+            sub.add_argument(f"--{flag}", type=int, help=f"{text} parallel degree (default: 1)")
+        sub.add_argument("--zero", type=int, help="ZeRO stage 0-3 (default: 0)")
+        sub.add_argument("--micro-batch", type=int, help="sequences a micro-batch (default: 1)")
+        sub.add_argument("--chunks", type=int, help="slices of the model a stage owns, interleaved (default: 1)")
+        sub.add_argument("--recompute", help="none, selective or full (default: none)")
+        sub.add_argument("--sequence-parallel", action="store_true", help="also split what tensor parallelism replicates")
+
+    sub = trained(memory, "memory")
+    laid_out(sub)
+    sub.add_argument("--dp", type=int, default=1, help="data parallel degree (default: 1)")
     sub.add_argument("--n-micro-batches", type=int, default=1, help="micro-batches a step (default: 1)")
-    sub.add_argument("--recompute", default="none", help="none, selective or full (default: none)")
-    sub.add_argument("--sequence-parallel", action="store_true", help="also split what tensor parallelism replicates")
-    sub.add_argument("--dtype", default="bf16", help="of the weights (default: bf16)")
-    sub.add_argument("--gradient-dtype", default="bf16", help="of the gradients (default: bf16)")
     sub.add_argument("--kv", action="store_true", help="serving: weights and KV cache instead of training state")
     sub.add_argument("--kv-dtype", default="bf16", help="of the KV cache (default: bf16)")
     sub.add_argument("--batch", type=int, default=1, help="sequences served together (default: 1)")
-    sub.add_argument("--context", type=int, help="tokens a sequence (default: the model's context)")
+    sub = trained(train, "train")
+    laid_out(sub)
+    sub.add_argument("--gpus", type=int, required=True, help="devices")
+    sub.add_argument("--tokens", type=float, required=True, help="tokens to train on, e.g. 13e12")
+    sub.add_argument("--batch", type=int, help="sequences a step (default: 4 million tokens)")
+    sub.add_argument("--price", type=float, default=1.0, help="dollars a device-hour (default: 1)")
+    sub.add_argument("--mtbf", type=float, help="device-hours between failures (default: none fails)")
+    sub.add_argument("--checkpoint-seconds", type=float, default=60, help="a checkpoint holds the run up for (default: 60)")
+    sub.add_argument("--restart-seconds", type=float, default=600, help="a restart takes (default: 600)")
+    sub = trained(plan, "plan")
+    sub.add_argument("--gpus", type=int, required=True, help="devices")
+    sub.add_argument("--batch", type=int, required=True, help="sequences a step")
+    sub.add_argument("--top", type=int, default=5, help="layouts to show (default: 5)")
+    command(validate, "validate").add_argument("file", metavar="FILE", help="a CSV file of measured rows")
     command(claims, "claims").add_argument("id", nargs="?", metavar="ID", help="one claim, e.g. A8 (default: all)")
     return parser
 
@@ -120,7 +247,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = build().parse_args(argv)
         data, text = args.run(args)
         print(json.dumps(data, ensure_ascii=False, indent=2) if args.json else text, flush=True)
-        return 0
+        problems = getattr(args, "problems", [])
+        for problem in problems:
+            print(f"gpt4lib: {problem}", file=sys.stderr)
+        return 2 if problems else 0
     except ValueError as error:
         print(f"gpt4lib: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

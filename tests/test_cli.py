@@ -32,6 +32,60 @@ def test_memory_json_has_the_stable_keys(flags, parts):
     assert use.pop("total") == pytest.approx(sum(use.values()))
 
 
+LLAMA = ("llama-3.1-8b", "--device", "h100-sxm", "--gpus", "64", "--context", "8192")
+
+
+@pytest.mark.parametrize("flags", [(), ("--tp", "2", "--zero", "1", "--recompute", "full", "--mtbf", "50000")])
+def test_train_json_has_the_stable_keys(flags):
+    data = json.loads(run("train", *LLAMA, "--tokens", "1e12", "--price", "2", *flags, "--json").stdout)
+    assert {"flop", "mfu", "hfu", "step_seconds", "days", "gpu_hours", "dollars", "plan", "memory"} <= set(data)
+    assert data["gpu_hours"] == pytest.approx(data["days"] * 24 * 64) and data["dollars"] == pytest.approx(2 * data["gpu_hours"])
+    assert data["mfu"] * data["goodput"] == pytest.approx(data["flop"] / (data["days"] * 86400 * 64 * 989.4e12))
+    assert data["memory"]["fits"] and 0.2 < data["mfu"] <= data["hfu"] < 0.8 and (data["goodput"] < 1) == ("--mtbf" in flags)
+    assert data["plan"]["tp"] == 2 or not flags
+
+
+def test_plan_json_ranks_and_says_why():
+    data = json.loads(run("plan", *LLAMA, "--batch", "512", "--top", "3", "--json").stdout)
+    rates = [e["tokens_per_second"] for e in data["best"]]
+    assert len(rates) == 3 and rates == sorted(rates, reverse=True) and data["fitting"] < data["layouts"]
+    assert all(e["why"].startswith("needs ") or "slower" in e["why"] or "fastest" in e["why"] for e in data["losers"])
+    assert "the fastest that fits" in run("plan", *LLAMA, "--batch", "512").stdout
+
+
+def rows(path, *changes):
+    """A small file of measured rows: some shipped ones, and changes to the first as (column, value)."""
+    import csv
+    from importlib import resources
+    lines = resources.files("gpt4lib.analysis").joinpath("measured", "training.csv").read_text("utf8").splitlines()[:25]
+    table = list(csv.DictReader(lines))
+    table[0] |= dict(changes)
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, table[0])
+        writer.writeheader()
+        writer.writerows(table)
+    return str(path)
+
+
+def test_validate_json_has_the_stable_keys(tmp_path):
+    out = run("validate", rows(tmp_path / "rows.csv"), "--json")
+    data = json.loads(out.stdout)
+    assert out.returncode == 0 and {"overall", "by_source", "by_quantity", "rows"} <= set(data)
+    assert {"n", "priced", "median_abs_error", "mean_abs_error", "p90_abs_error", "bias"} == set(data["overall"])
+    for row in data["rows"]:
+        assert {"id", "quantity", "measured", "predicted", "error", "bound_by"} <= set(row)
+        assert row["error"] == pytest.approx(row["predicted"] / row["measured"] - 1)
+    assert "average of sources" in run("validate", str(tmp_path / "rows.csv")).stdout
+
+
+def test_validate_prices_the_others_and_names_the_bad_value(tmp_path):
+    path = rows(tmp_path / "rows.csv", ("tp", "many"))
+    out = run("validate", path, "--json")
+    assert out.returncode == 2 and out.stderr.count("\n") == 1 and f"{path} line 2, column tp: 'many'" in out.stderr
+    data = json.loads(out.stdout)
+    assert data["overall"]["priced"] == data["overall"]["n"] - 1 and "column tp" in data["rows"][0]["unpriced"]
+
+
 def test_claims_json_has_the_stable_keys():
     data = json.loads(run("claims", "--json").stdout)
     keys = ["id", "section", "zh", "en", "stated", "unit", "recomputed", "relative_error", "verdict", "diagnosis",
@@ -61,6 +115,13 @@ def test_tables_say_where_numbers_come_from():
     (["memory", "gpt-4", "--dtype", "fp13"], "dtype 'fp13' is not known; accepted: fp32"),
     (["memory", "gpt-4", "--kv", "--batch", "0"], "--batch 0 is not accepted"),
     (["memory", "gpt-4", "--context", "-1"], "--context -1 is not accepted"),
+    (["train", "gpt-4", "--tokens", "1e9"], "the following arguments are required: --gpus"),
+    (["train", "gpt-4", "--gpus", "8", "--tokens", "0"], "--tokens 0"),
+    (["train", "gpt-4", "--gpus", "64", "--tokens", "1e9"], "no layout fits: the least, tp"),
+    (["train", "gpt-4", "--gpus", "4", "--tokens", "1e9", "--tp", "8"], "needs 8 devices, --gpus is 4"),
+    (["plan", "gpt-4", "--gpus", "0", "--batch", "8"], "--gpus 0 is not accepted"),
+    (["plan", "llama-3.1-8b", "--device", "tpu-v4", "--gpus", "8", "--batch", "8"], "no cluster of tpu-v4 is known"),
+    (["validate", "/nowhere.csv"], "/nowhere.csv cannot be read"),
     (["claims", "Z99"], "no claim 'Z99'"), (["nonsense"], "invalid choice: 'nonsense'"), ([], "required: COMMAND")])
 def test_bad_input_is_one_line_and_exit_2(args, words):
     result = run(*args)

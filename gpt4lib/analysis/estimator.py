@@ -33,6 +33,7 @@ class Estimator:
         if type(seq_len) is not int or seq_len < 1:
             raise ValueError(f"seq_len={seq_len!r} is not accepted; give a number of tokens >= 1")
         k = self.efficiency = efficiency or eff.fitted()
+        dtype_bytes(dtype)
         device = cluster.device
         self.spec, self.cluster, self.seq_len, self.dtype, self.fused = spec, cluster, seq_len, dtype, fused
         self.gradient_dtype, self.gradient_bytes, self.two_gradients = gradient_dtype, dtype_bytes(gradient_dtype), two_gradients
@@ -145,18 +146,18 @@ class Estimator:
                 slowest = even, tuple(t * even / slowest[0] for t in slowest[1])
         return slowest[1], slowest[0], total
 
-    def _parameters(self, plan: ParallelPlan, stage: int) -> dict[str, int]:
+    def _parameters(self, plan: ParallelPlan, stage: int) -> tuple[dict[str, int], float]:
         count = memory.stage_parameters(self.spec, plan, stage)
         apart = count["experts"] if plan.ep > 1 else 0
         layers = sum(count.values()) - count["embedding"] - count["head"]
-        return {"rest": sum(count.values()) - apart, "experts": apart,
-                "largest": max(count["embedding"], count["head"], layers / len(plan.layers_of(self.spec.n_layers, stage)))}
+        return {"rest": sum(count.values()) - apart, "experts": apart}, max(
+            count["embedding"], count["head"], layers / len(plan.layers_of(self.spec.n_layers, stage)))
 
-    def _ends(self, plan: ParallelPlan) -> list[tuple[int, Counter, dict[str, int]]]:
-        """Stages worth looking at, with what they hold: those that differ, and the first and last of all."""
+    def _ends(self, plan: ParallelPlan) -> list[tuple[int, Counter, dict[str, int], float]]:
+        """Stages worth looking at, with layers, parameters and largest gathered piece: those that differ, the first, the last."""
         spec = self.spec
         return [(stage, Counter((spec.layer_kinds[i], spec.is_moe_layer(i)) for i in plan.layers_of(spec.n_layers, stage)),
-                 self._parameters(plan, stage)) for stage in memory.distinct_stages(spec, plan)]
+                 *self._parameters(plan, stage)) for stage in memory.distinct_stages(spec, plan)]
 
     def _replicas(self, plan: ParallelPlan, count: dict[str, int], work: float) -> float:
         """What the gradients' way over the replicas adds to a step."""
@@ -177,10 +178,10 @@ class Estimator:
                 seconds += self.collective(2, g * held, ranks, apart)
         return seconds
 
-    def _peak(self, plan: ParallelPlan, stage: int, held: Counter, count: dict[str, int]) -> memory.MemoryUse:
+    def _peak(self, plan: ParallelPlan, stage: int, held: Counter, count: dict[str, int], piece: float) -> memory.MemoryUse:
         """Bytes on a device of one stage at the fullest moment of a step."""
         spec, k, key = self.spec, self.efficiency, (plan.tp, plan.cp, plan.ep, plan.micro_batch, plan.recompute, plan.sequence_parallel)
-        part = memory.state({"rest": count["rest"], "experts": count["experts"]}, plan, self.dtype, self.gradient_dtype)
+        part = memory.state(count, plan, self.dtype, self.gradient_dtype)
         sharded = count["rest"] / (plan.dp * plan.cp) + count["experts"] * plan.ep / (plan.dp * plan.cp)
         if plan.zero_stage in (1, 2) and self.gradient_bytes < 4:
             part["optimizer"] += 4 * sharded         # the step itself needs its shard of the gradients in fp32
@@ -194,7 +195,7 @@ class Estimator:
         part["working"] = k.working_layers * largest + (largest if plan.recompute == "full" else 0)
         tokens = plan.micro_batch * self.seq_len / plan.cp
         part["logits"] = 2 * tokens * spec.vocab_size / plan.tp if stage == plan.pp - 1 else 0
-        part["gathered"] = 4 * count["largest"] if plan.zero_stage == 3 else 0        # two layers' weights, 16 bits
+        part["gathered"] = 4 * piece if plan.zero_stage == 3 else 0        # two layers' weights, 16 bits
         moving = part["activations"] + part["working"] + part["logits"] + part["gathered"]
         part["overhead"] = k.framework_bytes + k.fragmentation * moving
         return memory.MemoryUse(part)
@@ -212,7 +213,7 @@ class Estimator:
         """What a device of each pipeline stage holds at its fullest moment; of stages alike, the first."""
         plan.check(self.spec)
         ends = self._once(("ends", plan.tp, plan.pp, plan.ep, plan.n_chunks), self._ends, plan)
-        return {stage: self._peak(plan, stage, held, count) for stage, held, count in ends}
+        return {end[0]: self._peak(plan, *end) for end in ends}
 
     def estimate(self, plan: ParallelPlan) -> Estimate:
         """Time and memory of one step; ValueError, one line, if the plan cannot hold the model."""
@@ -231,7 +232,7 @@ class Estimator:
         else:
             bubble = pipeline._lost(p, m, v) / v * (slowest + send)
         work = m * (slowest + send) + bubble
-        count = max((c for *_, c in ends), key=lambda c: c["rest"] + c["experts"])
+        count = max((end[2] for end in ends), key=lambda c: c["rest"] + c["experts"])
         shards = plan.shard or plan.dp * plan.cp if plan.zero_stage else 1
         stepped = count["rest"] / shards + count["experts"] / max(shards // plan.ep, 1)
         nodes = -(-plan.n_devices // self.cluster.devices_per_node)
@@ -245,6 +246,8 @@ class Estimator:
         sequences = plan.global_batch
         again_flop = self.layer_flop if plan.recompute == "full" else (
             self.score_flop if plan.recompute == "selective" and not self.fused else 0)
-        fullest = max((self._peak(plan, *end) for end in ends), key=lambda use: use.total)
+        # A stage like the first holds less than it: no embedding, fewer micro-batches in flight.
+        judged = [end for end in ends if end[0] in (0, p - 1) or end[1] != ends[0][1]]
+        fullest = max((self._peak(plan, *end) for end in judged), key=lambda use: use.total)
         return Estimate(plan, by_term, fullest, sequences * self.flop, sequences * (self.flop + again_flop),
                         plan.n_devices * self.peak)

@@ -8,21 +8,103 @@ Besiroglu et al. 2024, arXiv:2404.10102, refit the data and find about 20 by thi
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Callable, NamedTuple, Sequence
 
-E_LOSS, A, B, ALPHA, BETA = 1.69, 406.4, 410.7, 0.34, 0.28
-
-
-def loss(n_parameters, n_tokens):
-    """Predicted loss in nats a token of a dense model, as printed in the paper."""
-    return E_LOSS + A / n_parameters ** ALPHA + B / n_tokens ** BETA
+Run = tuple[float, float, float]        # parameters, tokens, loss
 
 
-def optimal(flop):
+class Dense(NamedTuple):
+    """Nats a token = e + a / parameters^alpha + b / tokens^beta."""
+    e: float
+    a: float
+    b: float
+    alpha: float
+    beta: float
+
+
+CHINCHILLA = Dense(1.69, 406.4, 410.7, 0.34, 0.28)                  # as printed
+REFIT = Dense(1.8172, 482.01, 2085.43, 0.3478, 0.3658)              # Besiroglu et al. 2024, table 1
+
+
+def loss(n_parameters, n_tokens, law: Dense = CHINCHILLA):
+    """Predicted loss in nats a token of a dense model."""
+    return law.e + law.a / n_parameters ** law.alpha + law.b / n_tokens ** law.beta
+
+
+def optimal(flop, law: Dense = CHINCHILLA):
     """(parameters, tokens) with the lowest predicted loss at 6 N D = flop; equation 4."""
-    g = (ALPHA * A / (BETA * B)) ** (1 / (ALPHA + BETA))
-    n = g * (flop / 6) ** (BETA / (ALPHA + BETA))
+    g = (law.alpha * law.a / (law.beta * law.b)) ** (1 / (law.alpha + law.beta))
+    n = g * (flop / 6) ** (law.beta / (law.alpha + law.beta))
     return n, flop / 6 / n
+
+
+def optimal_served(target: float, inference_tokens: float, law: Dense = CHINCHILLA) -> tuple[float, float]:
+    """(parameters, tokens) with the least 6 N D + 2 N inference_tokens among those of loss `target`.
+
+    Sardana et al. 2024, arXiv:2401.00448, section 2. With nothing to serve it is the optimum of training alone.
+    Raises ValueError for a loss that no model reaches.
+    """
+    gap = target - law.e
+    if gap <= 0:
+        raise ValueError(f"a loss of {target} is not accepted; give more than {law.e}, which the law never reaches")
+
+    def model(share: float) -> tuple[float, float]:                 # what is left of the loss, split between the two terms
+        return (law.a / (gap * share)) ** (1 / law.alpha), (law.b / (gap * (1 - share))) ** (1 / law.beta)
+
+    low, high = 0.0, 1.0
+    for _ in range(60):                                             # the derivative of the cost changes its sign once
+        share = (low + high) / 2
+        grows = law.alpha * share / (law.beta * (1 - share)) < 1 + inference_tokens / (3 * model(share)[1])
+        low, high = (share, high) if grows else (low, share)
+    return model(low)
+
+
+def effective_tokens(unique, epochs, r_star: float = 15.387756):
+    """Tokens seen once that would be worth as much as `unique` ones seen `epochs` times.
+
+    Muennighoff et al. 2023, arXiv:2305.16264, section 3.1; the constant from appendix A.
+    """
+    return unique * (1 + r_star * (1 - math.exp(-(epochs - 1) / r_star)))
+
+
+def critical_batch(loss):
+    """Tokens a step at which twice the least steps and twice the least tokens reach this loss (WebText2, nats a token).
+
+    Kaplan et al. 2020, arXiv:2001.08361, figure 10: fitted on losses from 10 down to 3.
+    """
+    return 2.1e8 / loss ** 4.8
+
+
+def batch_cost(batch, critical):
+    """(steps over the fewest possible, tokens over the fewest possible); McCandlish et al. 2018, arXiv:1812.06162, section 2.3."""
+    return 1 + critical / batch, 1 + batch / critical
+
+
+def fit(runs: Sequence[Run]) -> Dense:
+    """The dense law of least squared error.
+
+    For given exponents the other three constants are linear; the exponents are searched in ever smaller steps.
+    """
+    def solved(alpha: float, beta: float) -> tuple[float, Dense]:
+        x, y, z = ([n ** -alpha for n, _, _ in runs], [d ** -beta for _, d, _ in runs], [value for _, _, value in runs])
+        (mx, x), (my, y), (mz, z) = ((m := sum(v) / len(v), [e - m for e in v]) for v in (x, y, z))
+        xx, yy, xy, xz, yz = (sum(map(lambda p, q: p * q, *pair)) for pair in ((x, x), (y, y), (x, y), (x, z), (y, z)))
+        a, b = (xz * yy - yz * xy) / (xx * yy - xy * xy), (yz * xx - xz * xy) / (xx * yy - xy * xy)
+        law = Dense(mz - a * mx - b * my, a, b, alpha, beta)
+        return sum((loss(n, d, law) - value) ** 2 for n, d, value in runs), law
+
+    best, step = solved(0.5, 0.5), 0.25
+    while step > 1e-4:
+        near = min(solved(max(best[1].alpha + i * step, 0.01), max(best[1].beta + j * step, 0.01))
+                   for i in (-1, 0, 1) for j in (-1, 0, 1))
+        best, step = (near, step) if near[0] < best[0] else (best, step / 2)
+    return best[1]
+
+
+def jackknife(estimate: Callable[[Sequence[Run]], Sequence[float]], runs: Sequence[Run]) -> list[float]:
+    """Standard error of each number that `estimate` finds, from leaving out one run at a time (Efron 1979)."""
+    without = list(zip(*(estimate([*runs[:i], *runs[i + 1:]]) for i in range(len(runs)))))
+    return [math.sqrt((len(v) - 1) / len(v) * sum((x - sum(v) / len(v)) ** 2 for x in v)) for v in without]
 
 
 class Routed(NamedTuple):

@@ -71,7 +71,7 @@ class Estimate:
 
     @property
     def hfu(self) -> float:
-        """Hardware FLOPs utilisation: recomputation counts as work."""
+        """Hardware FLOPs utilisation, in which recomputation counts as work."""
         return self.hardware_flop / (self.step_seconds * self.peak)
 
     @property

@@ -18,7 +18,7 @@ from typing import Any, Iterable, Mapping
 from gpt4lib.analysis import efficiency as eff
 from gpt4lib.analysis.estimator import Estimator
 from gpt4lib.analysis.training import Estimate
-from gpt4lib.specs.hardware import DTYPE_BYTES, ClusterSpec, DeviceSpec
+from gpt4lib.specs.hardware import DTYPE_BYTES, ClusterSpec
 from gpt4lib.specs.model import LatentAttention, ModelSpec
 from gpt4lib.specs.workload import RECOMPUTE, ParallelPlan
 
@@ -29,6 +29,7 @@ COLUMNS = (*NUMBERS, *WORDS, "value")
 QUANTITIES = ("iteration_seconds", "tokens_per_second_per_device", "model_tflops_per_device",
               "hardware_tflops_per_device", "peak_memory_bytes")
 BADLY_SCALED = 0.05                  # a measured MFU below which a run is set apart
+APART = " (below 5 % MFU)"
 DEEPSEEK = LatentAttention(kv_rank=512, rope_dim=64, nope_dim=128, v_dim=128, q_rank=1536)   # arXiv:2405.04434, section 3.1.2
 
 
@@ -121,20 +122,7 @@ def _number(path, line: int, name: str, text: str) -> float | int | None:
     return number if name == "value" else int(number)
 
 
-@lru_cache(maxsize=None)
-def _cluster(name: str, per_node: int | None) -> ClusterSpec:
-    """The first cluster preset of such devices and nodes, else one of such devices with other nodes."""
-    known = DeviceSpec.presets()
-    device = name if name in known else next((d for d in known if d.split("-")[0] == name.split("-")[0]), None)
-    if device is None:
-        raise ValueError(f"device {name!r} is not known; presets: {', '.join(known)}")
-    alike = [c for c in map(ClusterSpec.preset, ClusterSpec.presets()) if c.device.name == device]
-    generation = DeviceSpec.preset(device).generation
-    alike = alike or [c for c in map(ClusterSpec.preset, ClusterSpec.presets()) if c.device.generation == generation]
-    if not alike:
-        raise ValueError(f"no cluster of {device} is known; add one to clusters.toml")
-    best = next((c for c in alike if c.devices_per_node == per_node), alike[0])
-    return replace(best, device=DeviceSpec.preset(device), devices_per_node=per_node or best.devices_per_node)
+_cluster = lru_cache(maxsize=None)(ClusterSpec.around)
 
 
 @lru_cache(maxsize=None)
@@ -226,11 +214,14 @@ def quantity(name: str, estimate: Estimate, estimator: Estimator) -> float:
 
 
 def is_fitted(it: Case) -> bool:
-    """Whether a configuration belongs to the half that constants are fitted to: a hash of model, machine and layout."""
+    """Whether a configuration belongs to the half that constants are fitted to: a hash of model, machine and layout.
+
+    Mixtures of experts never do, so that they test what was learned from dense models.
+    """
     plan = it.plans[0]
     key = (it.spec.n_layers, it.spec.d_model, it.spec.n_heads, it.seq_len, plan.tp, plan.pp, plan.dp, plan.cp, plan.ep,
            plan.micro_batch, it.cluster.device.name)
-    return hashlib.sha256(repr(key).encode()).digest()[0] % 2 == 0
+    return not it.spec.is_moe and hashlib.sha256(repr(key).encode()).digest()[0] % 2 == 0
 
 
 class Pricer:
@@ -277,16 +268,20 @@ def summary(results: Iterable[Result]) -> dict[str, float | int | None]:
                dict.fromkeys(("median_abs_error", "mean_abs_error", "p90_abs_error", "bias")))}
 
 
+def apart(result: Result) -> bool:
+    """Whether a run is so badly scaled that it is counted by itself: below `BADLY_SCALED`."""
+    return result.mfu is not None and result.mfu < BADLY_SCALED
+
+
 def by_source(results: Iterable[Result]) -> dict[str, dict]:
-    """A summary for each source; rows below `BADLY_SCALED` stand apart from their source."""
+    """A summary for each source; rows that are `apart` stand under a name of their own."""
     groups: dict[str, list[Result]] = {}
     for r in results:
-        apart = r.mfu is not None and r.mfu < BADLY_SCALED
-        groups.setdefault(f"{r.source} (below 5 % MFU)" if apart else r.source, []).append(r)
+        groups.setdefault(r.source + APART if apart(r) else r.source, []).append(r)
     return {source: summary(found) for source, found in groups.items()}
 
 
 def average(summaries: Mapping[str, Mapping]) -> dict[str, float]:
     """The mean over sources of each source's figure, so that a large sweep weighs like one table."""
-    told = [s for name, s in summaries.items() if s["priced"] and not name.endswith("(below 5 % MFU)")]
+    told = [s for name, s in summaries.items() if s["priced"] and not name.endswith(APART)]
     return {key: mean(s[key] for s in told) if told else None for key in ("median_abs_error", "mean_abs_error", "p90_abs_error")}

@@ -2,10 +2,11 @@
 
 import difflib
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 from gpt4lib.ledger.intervals import ANY, Interval, evaluate, names, rounding
 from gpt4lib.specs import registry
@@ -13,14 +14,8 @@ from gpt4lib.specs import registry
 KINDS = ("quantity", "qualitative", "underivable", "glossary")
 
 # Units as printed -> (SI unit, factor).
-_UNITS = {
-    "day": ("s", 86400.0),
-    "GB": ("bytes", 1e9),
-    "TB": ("bytes", 1e12),
-    "USD/h": ("USD/s", 1 / 3600),
-    "cent/ktoken": ("USD/token", 1e-5),
-    "USD/ktoken": ("USD/token", 1e-3),
-}
+_UNITS = {"day": ("s", 86400.0), "GB": ("bytes", 1e9), "TB": ("bytes", 1e12), "USD/h": ("USD/s", 1 / 3600),
+          "cent/ktoken": ("USD/token", 1e-5), "USD/ktoken": ("USD/token", 1e-3)}
 
 
 @dataclass(frozen=True)
@@ -37,14 +32,13 @@ class Figure:
         if isinstance(value, list):
             nominal = interval = (float(value[0]), float(value[1]))
         elif isinstance(value, int):
-            nominal = interval = (float(value), float(value))
+            nominal = interval = (float(value),) * 2
         elif value[0] in "<>":
             bound = float(value[1:])
             nominal = interval = (ANY[0], bound) if value[0] == "<" else (bound, ANY[1])
         else:
             nominal, interval = (float(value),) * 2, rounding(value)
-        scaled = [(a * factor, b * factor) for a, b in (nominal, interval)]
-        return cls(*scaled), si_unit
+        return cls(*((a * factor, b * factor) for a, b in (nominal, interval))), si_unit
 
 
 @dataclass(frozen=True)
@@ -104,8 +98,7 @@ class Claim:
     definition_zh: str = ""
 
 
-@dataclass(frozen=True)
-class Constant:
+class Constant(NamedTuple):
     """A number the notes do not state, with its unit and source."""
 
     value: float
@@ -119,66 +112,60 @@ class Figures:
     def __init__(self, claims, constants: dict[str, Constant], derived: dict[str, str]):
         self.constants, self.derived = constants, derived
         self.stated = {q.symbol: (q, c.id) for c in claims for q in c.quantities if q.symbol}
-        self._memo: dict[tuple[str, bool], Interval] = {}
 
     def replaced(self, claim: Claim) -> "Figures":
         """Return these figures with those of `claim` in place of the ones on record."""
-        mine = {q.symbol: (q, claim.id) for q in claim.quantities if q.symbol}
-        if all(self.stated.get(symbol) == entry for symbol, entry in mine.items()):
+        other = Figures([claim], self.constants, self.derived)
+        if all(self.stated.get(symbol) == entry for symbol, entry in other.stated.items()):
             return self
-        other = Figures((), self.constants, self.derived)
-        other.stated = self.stated | mine
+        other.stated = self.stated | other.stated
         return other
 
-    def lookup(self, wide: bool) -> Callable[[str], Interval]:
-        """Return name -> interval: as printed, or (`wide`) with all each figure can stand for."""
-
+    def lookup(self, wide: bool, freed: Mapping[str, Interval] = {}) -> Callable[[str], Interval]:
+        """Return name -> interval: as printed, or (`wide`) with all each figure can stand for, or as `freed` has it."""
+        @cache
         def find(name: str) -> Interval:
-            if (name, wide) not in self._memo:
-                if name in self.stated:
-                    figure = self.stated[name][0].figure
-                    value = figure.interval if wide else figure.nominal
-                elif name in self.constants:
-                    value = (self.constants[name].value,) * 2
-                elif name in self.derived:
-                    value = evaluate(self.derived[name], find)
-                else:
-                    near = difflib.get_close_matches(name, [*self.stated, *self.constants], 3)
-                    raise ValueError(f"no figure named {name!r}; nearest: {', '.join(near)}")
-                self._memo[name, wide] = value
-            return self._memo[name, wide]
-
+            if name in freed:
+                return freed[name]
+            if name in self.stated:
+                figure = self.stated[name][0].figure
+                return figure.interval if wide else figure.nominal
+            if name in self.constants:
+                return (self.constants[name].value,) * 2
+            if name in self.derived:
+                return evaluate(self.derived[name], find)
+            near = difflib.get_close_matches(name, [*self.stated, *self.constants], 3)
+            raise ValueError(f"no figure named {name!r}; nearest: {', '.join(near)}")
         return find
 
-    def sources(self, expression: str) -> tuple[str, ...]:
-        """Return the ids of the claims an expression rests on, through the derived sums."""
-        ids: dict[str, None] = {}
-        for name in names(expression):
+    def symbols(self, *expressions: str) -> tuple[str, ...]:
+        """Return the stated figures that expressions rest on, through the derived sums."""
+        found: dict[str, None] = {}
+        for name in (n for expression in expressions for n in names(expression)):
             if name in self.stated:
-                ids[self.stated[name][1]] = None
+                found[name] = None
             elif name in self.derived:
-                ids |= dict.fromkeys(self.sources(self.derived[name]))
-        return tuple(ids)
+                found |= dict.fromkeys(self.symbols(self.derived[name]))
+        return tuple(found)
+
+    def sources(self, *expressions: str) -> tuple[str, ...]:
+        """Return the ids of the claims that state them."""
+        return tuple(dict.fromkeys(self.stated[name][1] for name in self.symbols(*expressions)))
 
 
-def _quantity(row: dict, find: Callable[[str], Quantity]) -> Quantity:
-    row = dict(row)
-    value, unit = row.pop("value"), row.pop("unit")
+def _quantity(known: dict[str, Quantity], value: int | str | list, unit: str, **rest) -> Quantity:
     if isinstance(value, str) and value.startswith("="):
-        figure = Figure(
-            *(evaluate(value[1:], lambda n, w=w: getattr(find(n).figure, w))
-              for w in ("nominal", "interval"))
-        )
+        figure = Figure(*(evaluate(value[1:], lambda name, end=end: getattr(known[name].figure, end))
+                          for end in ("nominal", "interval")))
     else:
         figure, unit = Figure.parse(value, unit)
-    return Quantity(figure=figure, unit=unit, **row)
+    return Quantity(figure=figure, unit=unit, **rest)
 
 
-def _reading(row: dict) -> Reading:
-    row = dict(row)
+def _reading(follows: Mapping[str, str] = {}, **row) -> Reading:
     if "value" in row:
         row["figure"], _ = Figure.parse(row.pop("value"), row.pop("unit"))
-    return Reading(**row | {"follows": tuple(row.get("follows", {}).items())})
+    return Reading(follows=tuple(follows.items()), **row)
 
 
 def _constant(unit: str, value: float = 0, source: str = "", preset: str = "") -> Constant:
@@ -192,26 +179,19 @@ def _constant(unit: str, value: float = 0, source: str = "", preset: str = "") -
     return Constant(found, unit, f"{origin.source} ({origin.status})")
 
 
-@lru_cache(maxsize=1)
+@cache
 def _ledger() -> tuple[tuple[Claim, ...], Figures]:
-    here = Path(__file__).parent
-    body = tomllib.loads((here / "claims.toml").read_text(encoding="utf-8"))
-    terms = tomllib.loads((here / "glossary.toml").read_text(encoding="utf-8"))
-    by_symbol: dict[str, Quantity] = {}
+    body, terms = (tomllib.loads(Path(__file__).with_name(file).read_text("utf8")) for file in ("claims.toml", "glossary.toml"))
+    known: dict[str, Quantity] = {}
     claims = []
-    for row in (*body["claim"], *terms.get("claim", ())):
+    for row in (*body["claim"], *terms["claim"]):
         section, chapter = body["sections"][row["id"].rstrip("0123456789ab")]
-        quantities = tuple(_quantity(q, by_symbol.__getitem__) for q in row.pop("says", ()))
-        by_symbol |= {q.symbol: q for q in quantities if q.symbol}
-        claims.append(
-            Claim(
-                section=section,
-                quantities=quantities,
-                implies=tuple(Implication(**i) for i in row.pop("implies", ())),
-                readings=tuple(_reading(r) for r in row.pop("readings", ())),
-                **{"status": "reported", "chapter": chapter} | row,
-            )
-        )
+        says, implies, readings = (row.pop(key, ()) for key in ("says", "implies", "readings"))
+        quantities = tuple(_quantity(known, **q) for q in says)
+        known |= {q.symbol: q for q in quantities if q.symbol}
+        claims.append(Claim(section=section, quantities=quantities, implies=tuple(Implication(**i) for i in implies),
+                            readings=tuple(_reading(**r) for r in readings),
+                            **{"status": "reported", "chapter": chapter} | row))
     constants = {name: _constant(**row) for name, row in body["constants"].items()}
     return tuple(claims), Figures(claims, constants, body["derived"])
 
@@ -231,8 +211,6 @@ def claim(id: str) -> Claim:
     by_id = {c.id.lower(): c for c in load()}
     if id.lower() not in by_id:
         near = difflib.get_close_matches(id.lower(), by_id, 3, 0.4) or list(by_id)[:3]
-        raise ValueError(
-            f"no claim {id!r}; nearest: {', '.join(by_id[n].id for n in near)} "
-            f"(`gpt4lib claims` lists all {len(by_id)})"
-        )
+        raise ValueError(f"no claim {id!r}; nearest: {', '.join(by_id[n].id for n in near)} "
+                         f"(`gpt4lib claims` lists all {len(by_id)})")
     return by_id[id.lower()]

@@ -5,7 +5,7 @@ import math
 import operator
 from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
-from functools import lru_cache
+from functools import cache
 
 Interval = tuple[float, float]
 
@@ -45,7 +45,6 @@ def _corners(op: Callable[[float, float], float]) -> Callable[[Interval, Interva
     def apply(a: Interval, b: Interval) -> Interval:
         values = [op(x, y) for x in a for y in b]
         return min(values), max(values)
-
     return apply
 
 
@@ -71,7 +70,7 @@ _FUNCTIONS = {
 }
 
 
-@lru_cache(maxsize=None)
+@cache
 def _tree(expression: str) -> ast.expr:
     try:
         return ast.parse(expression.strip(), mode="eval").body
@@ -92,7 +91,6 @@ def evaluate(expression: str, lookup: Callable[[str], Interval]) -> Interval:
     than the truth and never narrower: the ledger errs on the side of the notes.
     Raises ValueError for any other syntax.
     """
-
     def visit(node: ast.expr) -> Interval:
         match node:
             case ast.Constant(value=int() | float()):
@@ -106,9 +104,6 @@ def evaluate(expression: str, lookup: Callable[[str], Interval]) -> Interval:
                 return _OPERATORS[type(node.op)](visit(node.left), visit(node.right))
             case ast.Call(func=ast.Name(id=function), keywords=[]) if function in _FUNCTIONS:
                 return _FUNCTIONS[function](*(visit(a) for a in node.args))
-        raise ValueError(
-            f"{expression!r} uses {ast.unparse(node)!r}; accepted are names, numbers, "
-            f"+ - * / ** and {', '.join(_FUNCTIONS)}"
-        )
-
+        raise ValueError(f"{expression!r} uses {ast.unparse(node)!r}; accepted are names, numbers, "
+                         f"+ - * / ** and {', '.join(_FUNCTIONS)}")
     return visit(_tree(expression))

@@ -8,19 +8,17 @@ never chosen: it is the precision with which the text itself speaks.
 
 import math
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 from gpt4lib.ledger.claims import Claim, Figures, Implication, Quantity, figures, load
 from gpt4lib.ledger.intervals import Interval, evaluate, inside, overlaps
 from gpt4lib.ledger.text import error, interval
 
-VERDICTS = (
-    "consistent", "inconsistent", "tension", "underivable", "qualitative", "corrected"
-)  # fmt: skip
+VERDICTS = ("consistent", "inconsistent", "tension", "underivable", "qualitative", "corrected")
 
 
-@dataclass(frozen=True)
-class Check:
+class Check(NamedTuple):
     """One stated figure against its recomputation (None: a premise, nothing to compare)."""
 
     quantity: Quantity
@@ -30,8 +28,7 @@ class Check:
     diagnosis: str = ""
 
 
-@dataclass(frozen=True)
-class Implied:
+class Implied(NamedTuple):
     """One consequence of a claim: its value, and `fits` | `out of band` | `impossible`."""
 
     implication: Implication
@@ -40,8 +37,7 @@ class Implied:
     diagnosis: str
 
 
-@dataclass(frozen=True)
-class Judgement:
+class Judgement(NamedTuple):
     """The verdict on one claim with everything it rests on."""
 
     verdict: str
@@ -56,15 +52,13 @@ def relative_error(stated: Interval, recomputed: Interval) -> float:
     Two ranges are compared end by end and the worse end counts. An open end asks nothing.
     Returns inf where the recomputed value is 0 and the stated one is not.
     """
-
     def off(a: float, b: float) -> float:
         return 0.0 if a == b else math.inf if b == 0 else a / b - 1
 
     if inside(stated, recomputed) or inside(recomputed, stated):
         return 0.0
-    if all(map(math.isfinite, (*stated, *recomputed))):
-        if stated[0] < stated[1] and recomputed[0] < recomputed[1]:
-            return max((off(a, b) for a, b in zip(stated, recomputed, strict=True)), key=abs)
+    if all(map(math.isfinite, (*stated, *recomputed))) and stated[0] < stated[1] and recomputed[0] < recomputed[1]:
+        return max((off(a, b) for a, b in zip(stated, recomputed, strict=True)), key=abs)
     if stated[1] < recomputed[0]:
         return off(stated[1], recomputed[0])
     if stated[0] > recomputed[1]:
@@ -78,9 +72,7 @@ def power_of_ten(stated: Interval, recomputed: Interval) -> int:
     Asked only of figures known to better than a factor of three: a looser one would agree with
     some power of ten by chance.
     """
-    if stated[0] <= 0 or recomputed[0] <= 0 or max(stated[1] / stated[0], 1) > 3:
-        return 0
-    if math.isinf(recomputed[1]) or recomputed[1] / recomputed[0] > 3:
+    if any(low <= 0 or high / low > 3 for low, high in (stated, recomputed)):
         return 0
     n = round(math.log10(stated[0] / recomputed[0]))
     return n if n and overlaps(tuple(x / 10.0**n for x in stated), recomputed) else 0
@@ -102,8 +94,7 @@ def _check(quantity: Quantity, claim: Claim, known: Figures) -> Check:
     else:
         rivals = [i for i in known.sources(quantity.follows) if i != claim.id]
         together = " and ".join([", ".join(rivals[:-1]), rivals[-1]] if rivals[1:] else rivals)
-        against = f"contradicts {together or 'its source'}"
-        why = f"{against}: recomputed {interval(shown, unit)} ({error(off)})"
+        why = f"contradicts {together or 'its source'}: recomputed {interval(shown, unit)} ({error(off)})"
     return Check(quantity, shown, off, False, f"{quantity.name}: {why}")
 
 
@@ -117,9 +108,7 @@ def _imply(implication: Implication, known: Figures) -> Implied:
         return Implied(implication, value, "impossible", f"impossible: implies {text}, {bound}")
     if implication.band and not overlaps(meant, band := evaluate(implication.band, wide)):
         stated = interval(band, implication.unit)
-        return Implied(
-            implication, value, "out of band", f"needs {text}, where the text has {stated}"
-        )
+        return Implied(implication, value, "out of band", f"needs {text}, where the text has {stated}")
     if implication.whole and not value[0].is_integer():
         return Implied(implication, value, "out of band", f"needs {text}: not a whole number")
     return Implied(implication, value, "fits", f"{implication.name}: {shown}")
@@ -129,24 +118,15 @@ def _read(claim: Claim, known: Figures) -> str:
     """Return what the readings that hold say about a claim that fails as it stands."""
     for reading in claim.readings:
         follows = dict(reading.follows)
-        quantities = tuple(
-            replace(
-                q,
-                follows=follows.get(q.name, q.follows),
-                figure=reading.figure if q.name == reading.quantity else q.figure,
-            )
-            for q in claim.quantities
-        )
-        other = replace(claim, quantities=quantities, readings=())
-        outcome = judge(other, known)
+        quantities = tuple(replace(q, follows=follows.get(q.name, q.follows),
+                                   figure=reading.figure if q.name == reading.quantity else q.figure)
+                           for q in claim.quantities)
+        outcome = judge(replace(claim, quantities=quantities, readings=()), known)
         if outcome.verdict != "consistent":
             continue
         if reading.subject:
-            values = ", ".join(
-                f"{c.quantity.name} {interval(c.recomputed, c.quantity.unit)}"
-                for c in outcome.checks
-                if c.recomputed
-            )
+            values = ", ".join(f"{c.quantity.name} {interval(c.recomputed, c.quantity.unit)}"
+                               for c in outcome.checks if c.recomputed)
             return f"wrong subject: holds for {reading.name} ({values})"
         bounded = [i.diagnosis for i in outcome.implied if i.implication.limit]
         return f"holds if read as {reading.name}" + "".join(f" ({b})" for b in bounded)
@@ -164,8 +144,8 @@ def judge(claim: Claim, known: Figures | None = None) -> Judgement:
     implied = tuple(_imply(i, known) for i in claim.implies)
     if claim.kind == "glossary":
         wrong = claim.flaw != "none"
-        text = {"wrong": "wrong definition", "incomplete": "incomplete definition"}.get(claim.flaw)
-        return Judgement("corrected" if wrong else "consistent", text or "", checks, implied)
+        text = f"{claim.flaw} definition" if wrong else ""
+        return Judgement("corrected" if wrong else "consistent", text, checks, implied)
     if claim.kind != "quantity":
         return Judgement(claim.kind, "", checks, implied)
 
@@ -184,12 +164,8 @@ def judge(claim: Claim, known: Figures | None = None) -> Judgement:
     parts += failed if verdict == "inconsistent" and "impossible" not in outcomes else []
     if verdict == "inconsistent" and (reading := _read(claim, known)):
         parts.append(reading)
-    words = dict.fromkeys(
-        f"prints {q.printed!r}, the figure is in {q.unit}" if q.printed
-        else f"no unit printed: {q.unit}"
-        for q in claim.quantities
-        if q.printed is not None
-    )
+    words = dict.fromkeys(f"prints {q.printed!r}, the figure is in {q.unit}" if q.printed else f"no unit printed: {q.unit}"
+                          for q in claim.quantities if q.printed is not None)
     return Judgement(verdict, "; ".join([*parts, *words]), checks, implied)
 
 

@@ -10,14 +10,7 @@ from gpt4lib.ledger.intervals import Interval
 from gpt4lib.ledger.judge import Check, Judgement, judge, tally
 from gpt4lib.ledger.text import error, interval
 
-ICONS = {
-    "consistent": "✓",
-    "inconsistent": "✗",
-    "tension": "≈",
-    "underivable": "?",
-    "qualitative": "–",
-    "corrected": "✎",
-}
+ICONS = {"consistent": "✓", "inconsistent": "✗", "tension": "≈", "underivable": "?", "qualitative": "–", "corrected": "✎"}
 
 
 def _plain(bounds: Interval | None) -> float | list[float | None] | None:
@@ -47,41 +40,25 @@ def as_json(claim: Claim) -> dict:
     if len(claim.quantities) < 2:
         stated, units, found = (next(iter(d.values()), None) for d in (stated, units, found))
     off = worst_error(judgement)
-    return {
-        "id": claim.id,
-        "section": claim.section,
-        "zh": claim.zh,
-        "en": claim.en,
-        "stated": stated,
-        "unit": units,
-        "recomputed": found,
-        "relative_error": None if off is None or math.isinf(off) else off,
-        "verdict": judgement.verdict,
-        "diagnosis": "; ".join(filter(None, (judgement.diagnosis, claim.note))),
-        "status": claim.status,
-        "chapter": claim.chapter,
-    }
+    return {"id": claim.id, "section": claim.section, "zh": claim.zh, "en": claim.en,
+            "stated": stated, "unit": units, "recomputed": found,
+            "relative_error": None if off is None or math.isinf(off) else off,
+            "verdict": judgement.verdict, "diagnosis": "; ".join(filter(None, (judgement.diagnosis, claim.note))),
+            "status": claim.status, "chapter": claim.chapter}
 
 
-def cells(
-    claim: Claim, judgement: Judgement, errors: bool = False
-) -> tuple[list[str], list[str]]:
+def cells(claim: Claim, judgement: Judgement, errors: bool = False) -> tuple[list[str], list[str]]:
     """Return what is stated and what is recomputed as text, an entry per figure."""
-    several = len(claim.quantities) > 1
-
     def label(name: str, text: str) -> str:
-        return f"{name}: {text}" if several and not text.endswith(name) else text
+        return f"{name}: {text}" if len(claim.quantities) > 1 and not text.endswith(name) else text
 
     def off(check: Check) -> str:
         bound = not all(map(math.isfinite, check.quantity.figure.nominal)) and check.holds
         return "" if bound or not errors else f" ({error(check.relative_error)})"
 
     stated = [label(q.name, interval(q.figure.nominal, q.unit)) for q in claim.quantities]
-    recomputed = [
-        label(c.quantity.name, interval(c.recomputed, c.quantity.unit)) + off(c)
-        for c in judgement.checks
-        if c.recomputed is not None
-    ]
+    recomputed = [label(c.quantity.name, interval(c.recomputed, c.quantity.unit)) + off(c)
+                  for c in judgement.checks if c.recomputed is not None]
     return stated, recomputed
 
 
@@ -102,12 +79,9 @@ def table(claims: Iterable[Claim]) -> str:
         stated, recomputed = map("; ".join, cells(claim, judgement))
         off = error(worst_error(judgement)) if recomputed else ""
         verdict = f"{ICONS[judgement.verdict]} {judgement.verdict}"
-        line = f"{_fit(claim.id, 4)} {_fit(verdict, 14)} "
-        if stated or recomputed:
-            line += f"{_fit(stated, 28)} {_fit(recomputed, 28)} {off}"
-        else:
-            line += _fit(claim.term_en or claim.en, 64)
-        lines.append(line.rstrip())
+        figures = f"{_fit(stated, 28)} {_fit(recomputed, 28)} {off}"
+        says = figures if stated or recomputed else _fit(claim.term_en or claim.en, 64)
+        lines.append(f"{_fit(claim.id, 4)} {_fit(verdict, 14)} {says}".rstrip())
     counted = ", ".join(f"{n} {verdict}" for verdict, n in tally(claims).items() if n)
     return "\n".join([*lines, "", f"{len(claims)} claims: {counted}"])
 
@@ -115,26 +89,19 @@ def table(claims: Iterable[Claim]) -> str:
 def detail(claim: Claim) -> str:
     """Return everything the ledger knows of one claim, as text."""
     judgement = judge(claim)
-    rows = [
-        (f"{claim.id}  {claim.section}", f"{ICONS[judgement.verdict]} {judgement.verdict}"),
-        ("notes", claim.zh),
-        ("in English", claim.en),
-        ("status", claim.status),
-    ]
+    rows = [(f"{claim.id}  {claim.section}", f"{ICONS[judgement.verdict]} {judgement.verdict}"),
+            ("notes", claim.zh), ("in English", claim.en), ("status", claim.status)]
     for check in judgement.checks:
         q = check.quantity
         rows.append((q.name, f"stated {interval(q.figure.nominal, q.unit)}"))
         if check.recomputed is not None:
             mark = "agrees" if check.holds else "does not agree"
             again = interval(check.recomputed, q.unit)
-            rows.append(("", f"= {q.follows}"))
-            rows.append(("", f"= {again} ({error(check.relative_error)}, {mark})"))
+            rows += [("", f"= {q.follows}"), ("", f"= {again} ({error(check.relative_error)}, {mark})")]
     rows += [("implies", i.diagnosis) for i in judgement.implied if i.outcome == "fits"]
-    rows += [("diagnosis", judgement.diagnosis)] if judgement.diagnosis else []
-    rows += [("note", claim.note)] if claim.note else []
-    if claim.definition_en:
-        rows += [(claim.term_en, claim.definition_en), (claim.term_zh, claim.definition_zh)]
-    rows.append(("chapter", str(claim.chapter)))
+    last = [("diagnosis", judgement.diagnosis), ("note", claim.note), (claim.term_en, claim.definition_en),
+            (claim.term_zh, claim.definition_zh), ("chapter", str(claim.chapter))]
+    rows += [(name, text) for name, text in last if text]
     lines = []
     for name, text in rows:
         head, *rest = textwrap.wrap(text, 76, break_on_hyphens=False) or [""]

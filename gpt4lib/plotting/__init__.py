@@ -7,4 +7,5 @@ from gpt4lib.plotting.lines import lines
 from gpt4lib.plotting.pipeline import pipeline
 from gpt4lib.plotting.style import COLORS, svg, use
 
-__all__ = ["COLORS", "active_total", "block_diagram", "dots", "head_sharing", "lines", "parameter_bar", "pipeline", "shape_map", "svg", "use"]
+__all__ = ["COLORS", "active_total", "block_diagram", "dots", "head_sharing", "lines", "parameter_bar", "pipeline", "shape_map",
+           "svg", "use"]

@@ -6,7 +6,7 @@ import math
 from typing import Callable, Mapping, Sequence
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from gpt4lib.plotting import style
 
@@ -25,8 +25,7 @@ def spread(values: Sequence[float], gap: float) -> list[float]:
     groups: list[list[float]] = []       # [centre, members] of labels that touch
     for i in order:
         groups.append([values[i], 1])
-        while len(groups) > 1 and (groups[-1][0] - groups[-2][0]
-                                   < gap * (groups[-1][1] + groups[-2][1]) / 2):
+        while len(groups) > 1 and groups[-1][0] - groups[-2][0] < gap * (groups[-1][1] + groups[-2][1]) / 2:
             (c1, n1), (c0, n0) = groups.pop(), groups.pop()
             groups.append([(c0 * n0 + c1 * n1) / (n0 + n1), n0 + n1])
     places = [centre + gap * (k - (n - 1) / 2) for centre, n in groups for k in range(int(n))]
@@ -37,8 +36,8 @@ def spread(values: Sequence[float], gap: float) -> list[float]:
 
 
 @style.styled
-def shape_map(d_model: Sequence[float], attention: Mapping[str, Sequence[float]],
-              experts: Sequence[float], targets: tuple[float, float] = (55e9, 111e9)) -> Figure:
+def shape_map(d_model: Sequence[float], attention: Mapping[str, Sequence[float]], experts: Sequence[float],
+              targets: tuple[float, float] = (55e9, 111e9)) -> Figure:
     """Parameters against d_model: a curve per kind of attention, one for an expert, the targets.
 
     attention: label -> parameters of all layers at each d_model, e.g. `{"MQA, q = d": [...]}`.
@@ -47,12 +46,11 @@ def shape_map(d_model: Sequence[float], attention: Mapping[str, Sequence[float]]
     """
     figure, axes = style.canvas(4.2, left=0.65, right=1.35, bottom=0.6, top=0.3)
     top = 1.35 * max(targets)
-    axes.set_xlim(d_model[0], d_model[-1])
-    axes.set_ylim(0, top)
+    axes.set(xlim=(d_model[0], d_model[-1]), ylim=(0, top), xlabel="d_model")
     rows = [(label, ys, targets[0], style.ATTENTION) for label, ys in attention.items()]
     rows.append(("one expert", experts, targets[1], style.EXPERTS))
     for target in targets:
-        axes.axhline(target, color=style.GREY, linewidth=1.2, linestyle=(0, (1, 2)))
+        axes.axhline(target, **style.DOTTED)
     at_right, named = [], {target: [] for target in targets}   # d_model values already written
     for label, ys, target, color in rows:
         axes.plot(d_model, ys, color=color, gid=label)
@@ -67,13 +65,11 @@ def shape_map(d_model: Sequence[float], attention: Mapping[str, Sequence[float]]
         if all(abs(x - other) > 0.03 * x for other in named[target]):
             side = 1 if named[target] else -1   # the first number left above, others right below
             named[target].append(x)
-            axes.annotate(f"{x:,.0f}", (x, target), xytext=(4 * side, -4 * side),
-                          textcoords="offset points", ha="left" if side > 0 else "right",
-                          va="top" if side > 0 else "bottom")
+            axes.annotate(f"{x:,.0f}", (x, target), xytext=(4 * side, -4 * side), textcoords="offset points",
+                          ha="left" if side > 0 else "right", va="top" if side > 0 else "bottom")
     heights = spread([y for y, _ in at_right], gap=top * 0.062)
     for y, (_, label) in zip(heights, at_right):
         axes.text(d_model[-1], y, f" {label}", ha="left", va="center_baseline")
-    axes.set_xlabel("d_model")
     axes.set_yticks([0, *targets], ["0", *map(style.short, targets)])
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 3, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
@@ -89,39 +85,29 @@ def active_total(points: Mapping[str, tuple[int, int]], highlight: str | None = 
     Raises ValueError for a highlight that is not among the points.
     """
     if highlight is not None and highlight not in points:
-        raise ValueError(f"highlight={highlight!r} is not among the points; "
-                         f"accepted: {', '.join(points)}")
+        raise ValueError(f"highlight={highlight!r} is not among the points; accepted: {', '.join(points)}")
     figure, axes = style.canvas(4.4, left=0.75, right=0.25, bottom=0.6, top=0.4)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
     low = 10 ** math.floor(math.log10(0.5 * min(active for _, active in points.values())))
     high = 10 ** math.ceil(math.log10(max(total for total, _ in points.values())))
-    axes.set_xlim(low, high)
-    axes.set_ylim(low, high)
-    axes.plot([low, high], [low, high], color=style.GREY, linewidth=1.2, linestyle=(0, (1, 2)),
-              gid="dense")
+    axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high), xlabel="parameters in total")
+    axes.plot([low, high], [low, high], **style.DOTTED, gid="dense")
     dense = {name: total for name, (total, active) in points.items() if total == active}
     gap = 0.055 * math.log10(high / low)
     heights = spread([math.log10(total) for total in dense.values()], gap)
     for (name, total), height in zip(dense.items(), heights):
-        axes.text(total / (high / low) ** 0.03, 10 ** height, name, ha="right",
-                  va="center_baseline", weight="bold" if name == highlight else "normal")
+        axes.text(total / (high / low) ** 0.03, 10 ** height, name, ha="right", va="center_baseline",
+                  weight="bold" if name == highlight else "normal")
     for name, (total, active) in points.items():
         lit = name == highlight
         color = style.COLORS["weights"] if lit or total != active else style.GREY
         axes.plot([total], [active], "o", color=color, markersize=11 if lit else 6, gid=name)
         if total != active:
-            axes.text(total, active / (high / low) ** 0.03, name, va="top",
-                      ha="right" if total > (high / low) ** 0.8 * low else "center",
-                      weight="bold" if lit else "normal")
-    axes.set_xlabel("parameters in total")
-    axes.text(0, 1.03, "parameters used by one token", transform=axes.transAxes, ha="left",
-              va="baseline")
+            axes.text(total, active / (high / low) ** 0.03, name, weight="bold" if lit else "normal", va="top",
+                      ha="right" if total > (high / low) ** 0.8 * low else "center")
+    axes.text(0, 1.03, "parameters used by one token", transform=axes.transAxes, ha="left", va="baseline")
     ticks = [10.0 ** e for e in range(round(math.log10(low)), round(math.log10(high)) + 1)]
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(FixedLocator(ticks))
-        axis.set_major_formatter(FixedFormatter([style.short(t) for t in ticks]))
-        axis.set_minor_locator(NullLocator())
+        style.ticks(axis, ticks)
     return figure
 
 
@@ -149,9 +135,7 @@ def dots(rows: Mapping[str, tuple[Sequence[float], Sequence[float]]], x_label: s
                 edge = "<" if x < x_ticks[0] else ">" if x > x_ticks[-1] else "o"
                 axes.plot([min(max(x, x_ticks[0]), x_ticks[-1])], [y], edge, color=color, markerfacecolor=face or color,
                           markersize=6, clip_on=False, gid=label)
-    axes.xaxis.set_major_locator(FixedLocator(list(x_ticks)))
-    axes.xaxis.set_major_formatter(FixedFormatter([show(x) for x in x_ticks]))
-    axes.xaxis.set_minor_locator(NullLocator())
+    style.ticks(axes.xaxis, x_ticks, show)
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
     axes.set_xlabel(x_label)

@@ -6,7 +6,6 @@ import math
 from typing import Callable, Mapping, Sequence
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
 from gpt4lib.plotting import style
 from gpt4lib.plotting.curves import spread
@@ -33,13 +32,10 @@ def lines(curves: Mapping[str, Curve], x_label: str, y_label: str, *, colors: Ma
     figure, axes = style.canvas(3.6, left=0.75, right=right, bottom=0.6, top=0.4)
     for axis, ticks, log, text in ((axes.xaxis, x_ticks, log_x, show), (axes.yaxis, y_ticks, log_y, show_y or show)):
         (axes.set_xscale if axis is axes.xaxis else axes.set_yscale)("log" if log else "linear")
-        axis.set_major_locator(FixedLocator(list(ticks)))
-        axis.set_major_formatter(FixedFormatter([text(t) for t in ticks]))
-        axis.set_minor_locator(NullLocator())
-    axes.set_xlim(x_ticks[0], x_ticks[-1])
-    axes.set_ylim(y_ticks[0], y_ticks[-1])
+        style.ticks(axis, ticks, text)
+    axes.set(xlim=(x_ticks[0], x_ticks[-1]), ylim=(y_ticks[0], y_ticks[-1]), xlabel=x_label)
     for y in (rules or {}).values():
-        axes.axhline(y, color=style.GREY, linewidth=1.2, linestyle=(0, (1, 2)))
+        axes.axhline(y, **style.DOTTED)
     at, hue = at or {}, {}
     cycle = [style.COLORS[m] for m in ("weights", "kv_cache", "activations", "optimizer", "communication")]
     for i, (label, (xs, ys)) in enumerate(curves.items()):
@@ -56,6 +52,5 @@ def lines(curves: Mapping[str, Curve], x_label: str, y_label: str, *, colors: Ma
     for label, y in zip(ends, heights):
         axes.text(x_ticks[-1], math.exp(y) if log_y else y, f" {label}", ha="left", va="center_baseline",
                   color=hue.get(label, style.GREY))
-    axes.set_xlabel(x_label)
     axes.text(0, 1.04, y_label, transform=axes.transAxes, ha="left", va="baseline")
     return figure

@@ -32,8 +32,7 @@ def pipeline(spans: Sequence[Span], unit: str = "slots") -> Figure:
     length = (max(s.end for s in spans) - zero) * UNITS[unit]
     pitch = max(0.22, min(0.4, 3.3 / stages))                      # inches a row: no less, or labels touch
     figure, axes = style.canvas(stages * pitch + 0.97, left=LEFT, right=RIGHT, bottom=0.62, top=0.35)
-    axes.set_xlim(0, length)
-    axes.set_ylim(stages, 0)
+    axes.set(xlim=(0, length), ylim=(stages, 0))
     axes.spines["left"].set_visible(False)
     axes.tick_params(left=False)
     axes.set_yticks([s + 0.5 for s in range(stages)], [f"stage {s}" for s in range(stages)])

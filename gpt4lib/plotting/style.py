@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import functools
 import io
-from typing import Callable
+from typing import Callable, Sequence
 
 import matplotlib
 from cycler import cycler
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
@@ -35,6 +36,7 @@ PASSES = {"F": ("#a9924a", "#9b9176"), "B": ("#795f09", "#6e664a")}    # tones o
 GREY = "#797b80"        # text and axes: 4.2:1 on white, 4.4:1 on #121212; 4.33 is the best for both
 WIDTH = 5.2             # inches: 500 CSS px, so text of 12 pt is 16 px there and 11 px at 350 px
 TEXT = 12.0             # points; the smallest text any figure may use
+DOTTED = {"color": GREY, "linewidth": 1.2, "linestyle": (0, (1, 2))}      # a line that is no curve: a target, a limit
 
 RC = {
     "svg.fonttype": "none", "svg.hashsalt": "gpt4lib",
@@ -75,13 +77,11 @@ def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     return wrapper
 
 
-def canvas(height: float, left: float = 0.6, right: float = 0.15,
-           bottom: float = 0.5, top: float = 0.15) -> tuple[Figure, Axes]:
+def canvas(height: float, left: float = 0.6, right: float = 0.15, bottom: float = 0.5, top: float = 0.15) -> tuple[Figure, Axes]:
     """An empty figure of the common width with one axes; lengths and margins in inches."""
     figure = Figure(figsize=(WIDTH, height))
-    axes = figure.add_axes((left / WIDTH, bottom / height,
-                            (WIDTH - left - right) / WIDTH, (height - bottom - top) / height))
-    return figure, axes
+    width, inside = (WIDTH - left - right) / WIDTH, (height - bottom - top) / height
+    return figure, figure.add_axes((left / WIDTH, bottom / height, width, inside))
 
 
 def on_fill(color: str) -> str:
@@ -95,6 +95,12 @@ def short(value: float) -> str:
     """A count without trailing zeros, for axes and targets: 55 G, 1 T."""
     number, _, unit = fmt.count(value).partition(" ")
     return f"{float(number):g} {unit}".rstrip()
+
+
+def ticks(axis: Axis, values: Sequence[float], show: Callable[[float], str] = short) -> None:
+    """Ticks at exactly these values, written by `show`."""
+    axis.set_ticks(values, [show(value) for value in values])
+    axis.set_ticks([], minor=True)
 
 
 def bare(axes: Axes) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Mapping
 
 from gpt4lib.specs import registry
@@ -88,6 +88,22 @@ class ClusterSpec:
         """A cluster shipped with the library, e.g. "dgx-a100"; ValueError names the known ones."""
         values = registry.load("clusters", name)
         return cls(name=name, **{**values, "device": DeviceSpec.preset(values["device"])})
+
+    @classmethod
+    def around(cls, device: str, devices_per_node: int | None = None) -> "ClusterSpec":
+        """A cluster of a kind of device: the preset with such nodes, else one with such devices, else one of their
+        generation. A name like "h100-80gb" stands for the first device preset that begins alike."""
+        known = DeviceSpec.presets()
+        name = device if device in known else next((d for d in known if d.split("-")[0] == device.split("-")[0]), None)
+        if name is None:
+            raise ValueError(f"device {device!r} is not a preset; accepted: {', '.join(known)}")
+        chosen, presets = DeviceSpec.preset(name), [cls.preset(c) for c in cls.presets()]
+        alike = ([c for c in presets if c.device.name == name and c.devices_per_node == devices_per_node]
+                 or [c for c in presets if c.device.name == name]
+                 or [c for c in presets if c.device.generation == chosen.generation])
+        if not alike:
+            raise ValueError(f"no cluster of {name} is known; accepted: {', '.join(cls.presets())}")
+        return replace(alike[0], device=chosen, devices_per_node=devices_per_node or alike[0].devices_per_node)
 
     @staticmethod
     def presets() -> tuple[str, ...]:

@@ -12,7 +12,7 @@ import re
 
 import pytest
 
-from gpt4lib.analysis import collectives, cost, flops, memory, pipeline, roofline, training
+from gpt4lib.analysis import collectives, cost, flops, memory, pipeline, roofline, scaling_laws, training
 from gpt4lib.analysis.parameters import parameters
 from gpt4lib.specs import DeviceSpec, ModelSpec, ParallelPlan
 
@@ -103,6 +103,27 @@ def test_chapter_1_presets_are_the_library_s():
         assert (v["L"], v["d"], v["h"], v["k"], v["g"], v["f"]) == (
             m.n_layers, m.d_model, m.n_heads, m.head_dim, m.n_kv_heads, m.d_ff)
         assert (v["E"], v["e"]) == (m.n_experts or 1, m.top_k or 1)
+
+
+def test_chapter_2_formulas_are_the_library_s():
+    (form,) = forms(ROOT / "chapters" / "02_dataset.ipynb")
+    dice, law = random.Random(1), scaling_laws.REFIT
+    cases = [form.inputs, *form.presets.values()]
+    for _ in range(50):
+        E = dice.randint(1, 256)
+        cases.append(dict(N=dice.randint(1, 2000), D=dice.randint(1, 20000), B=dice.randint(1, 100), E=E, k=dice.randint(1, E)))
+    for v in cases:
+        n, d, batch = v["N"] * 1e9, v["D"] * 1e9, v["B"] * 1e6
+        reached = scaling_laws.loss(n, d, law)
+        library = {"tokens a parameter": d / n, "training FLOP, in 1e24": 6 * n * d / 1e24, "predicted loss": reached,
+                   "steps": d / batch, "tokens an expert and step": batch * v["k"] / v["E"],
+                   "batch over critical": batch / scaling_laws.critical_batch(reached)}
+        assert all(ours == pytest.approx(theirs, rel=1e-12) for ours, theirs in computed(form, v, library)), v
+        (served, _), = computed(form, v, {"right for serving": 0})
+        if served > 0:                                                            # the optimum for so much serving is this shape
+            assert scaling_laws.optimal_served(reached, served, law) == pytest.approx((n, d), rel=1e-6)
+    assert [form.presets[m]["N"] for m in ("gpt-4, active", "chinchilla-70b")] == [
+        round(getattr(parameters(ModelSpec.preset(m)), kind) / 1e9) for m, kind in (("gpt-4", "active"), ("chinchilla-70b", "total"))]
 
 
 def test_chapter_3_formulas_are_the_library_s():
@@ -198,10 +219,10 @@ def test_without_javascript_the_page_shows_the_first_preset():
         assert float(number) * units[unit] == pytest.approx(value, rel=5e-3)     # printed digits
 
 
-@pytest.mark.parametrize("chapter", ["03_parallelism", "04_training_cost", "05_mixture_of_experts", "08_multi_query_attention"])
+@pytest.mark.parametrize("chapter", ["02_dataset", "03_parallelism", "04_training_cost", "05_mixture_of_experts", "08_multi_query_attention"])
 def test_without_javascript_the_page_shows_what_its_formulas_give(chapter):
     (form,) = forms(ROOT / "chapters" / f"{chapter}.ipynb")
-    units = {"": 1, "k": 1e3, "M": 1e6, "kB": 1e3, "MB": 1e6, "GB": 1e9, "T": 1e12, "%": 0.01}
+    units = {"": 1, "k": 1e3, "M": 1e6, "B": 1e9, "kB": 1e3, "MB": 1e6, "GB": 1e9, "T": 1e12, "%": 0.01}
     assert form.fallbacks.keys() == form.formulas.keys() and form.inputs == next(iter(form.presets.values()))
     for label, text in form.fallbacks.items():
         number, _, unit = text.partition(" ")

@@ -1,0 +1,198 @@
+"""Predictions beside published rows: read carefully, priced without looking, and as good as is said."""
+
+import csv
+import runpy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from gpt4lib import validation as v
+from gpt4lib.analysis import efficiency
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = ROOT / "gpt4lib" / "analysis" / "measured" / "training.csv"
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return v.read(SHIPPED)
+
+
+@pytest.fixture(scope="module")
+def results(rows):
+    pricer = v.Pricer()
+    return [pricer.price(row) for row in rows]
+
+
+def held_out(results, group):
+    return v.by_source(r for r in results if r.group == group and not r.fitted)
+
+
+# --- how good ---------------------------------------------------------------------------------------
+def test_step_times_that_were_not_fitted_are_within_eight_per_cent(results):
+    """The mean over sources of the median and of the mean error; layouts below 5 % MFU stand apart."""
+    found = v.average(held_out(results, "step_time"))
+    assert found["median_abs_error"] <= 0.08 and found["mean_abs_error"] <= 0.12
+
+
+def test_memory_that_was_not_fitted_is_within_eight_per_cent(results):
+    """Not the 5 % wished for: one sweep of small models, whose framework keeps more, is 20 % off; the others are within 5."""
+    found = held_out(results, "peak_memory_bytes")
+    assert v.average(found)["median_abs_error"] <= 0.08
+    others = {s: f for s, f in found.items() if "Ultra-Scale" not in s}
+    assert v.average(others)["median_abs_error"] <= 0.05
+
+
+def test_mixtures_are_within_fifteen_per_cent(rows, results):
+    errors = [abs(r.error) for row, r in zip(rows, results) if row["n_experts"] and not r.fitted]
+    assert len(errors) >= 6 and sum(errors) / len(errors) < 0.15
+
+
+def test_nineteen_in_twenty_are_priced(results):
+    assert v.summary(results)["priced"] >= 0.95 * len(results)
+    assert all(bool(r.unpriced) != (r.predicted is not None) for r in results)
+
+
+def test_the_error_bars_are_those_of_the_rows_left_out(results):
+    for name, group in (("step", "step_time"), ("memory", "peak_memory_bytes")):
+        found = v.average(held_out(results, group))
+        assert efficiency.error(name) == pytest.approx((found["median_abs_error"], found["p90_abs_error"]), abs=6e-5)
+
+
+def test_both_halves_are_halves(results):
+    for group in ("step_time", "peak_memory_bytes"):
+        share = [r.fitted for r in results if r.group == group]
+        assert 0.35 < sum(share) / len(share) < 0.65
+
+
+def test_the_constants_are_what_the_fitting_script_would_build():
+    tool = runpy.run_path(str(ROOT / "tools" / "fit_efficiency.py"))
+    made = efficiency.fitted()
+    for name, (_, low, high) in {**tool["STEP"], **tool["MEMORY"]}.items():
+        table, _, key = name.partition(".")
+        assert low <= (getattr(made, table)[key] if key else getattr(made, table)) <= high, name
+    assert all(getattr(made, name) == value for name, value in tool["FIXED"].items())
+
+
+# --- how honest -------------------------------------------------------------------------------------
+def test_names_and_measured_values_change_nothing(rows, results):
+    """Only a note's "interleaved" and a system named DeepSeek are read; everything else said about a row is not."""
+    pricer = v.Pricer()
+    for row, known in list(zip(rows, results))[::7]:
+        if not known.unpriced:
+            system = "deepseek" if "deepseek" in row["system"].lower() else "x"
+            note = row["note"] if "interleav" in row["note"] else "x"
+            bare = pricer.price({**row, "id": "x", "source": "x", "system": system, "note": note, "value": 1.0})
+            assert bare.predicted == known.predicted
+
+
+@pytest.mark.parametrize("quantity", v.QUANTITIES)
+def test_a_row_made_of_the_prediction_has_no_error(quantity, rows):
+    """Each quantity is read the way it is printed."""
+    row = {**rows[11], "quantity": quantity, "value": 1.0}
+    once = v.Pricer().price(row)
+    again = v.Pricer().price({**row, "value": once.predicted})
+    assert again.error == 0 and (again.mfu is None or 0.2 < again.mfu < 0.8)
+
+
+def test_hardware_flop_are_the_papers_formula(rows):
+    """96 B s l h^2 (1 + s / 6h + V / 16 l h), Narayanan et al. 2021, equation 3: the row's TFLOP/s times its time."""
+    row = next(r for r in rows if r["quantity"] == "hardware_tflops_per_device" and r["pp"] == 8)
+    it = v.case(row)
+    found = v.choose(v.Pricer().estimator(it), it.plans)
+    B, s, l, h, V = row["global_batch"], row["seq_len"], row["n_layers"], row["d_model"], row["vocab_size"]
+    formula = 96 * B * s * l * h ** 2 * (1 + s / (6 * h) + V / (16 * l * h))
+    assert found.hardware_flop == pytest.approx(formula, rel=1e-9)
+
+
+# --- how rows are read --------------------------------------------------------------------------------
+def written(tmp_path, rows, columns=None):
+    path = tmp_path / "rows.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns or rows[0].keys(), extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+@pytest.fixture
+def raw():
+    with SHIPPED.open(newline="") as file:
+        return list(csv.DictReader(file))[10:14]
+
+
+@pytest.mark.parametrize("column, value, words", [
+    ("tp", "two", "column tp: 'two' is not accepted; give a positive integer"), ("n_layers", "-1", "column n_layers"),
+    ("value", "nan", "column value"), ("value", "", "column value: empty"), ("value", "-3", "column value"),
+    ("quantity", "speed", "column quantity: 'speed' is not accepted; give iteration_seconds"),
+    ("recompute", "some", "column recompute"), ("zero_stage", "4", "column zero_stage"), ("pp", "1.5", "column pp"),
+    ("gated_ffn", "maybe", "column gated_ffn")])
+def test_a_bad_value_is_named_and_the_others_are_priced(tmp_path, raw, column, value, words):
+    raw[1][column] = value
+    path = written(tmp_path, raw)
+    found = [v.Pricer().price(row) for row in v.read(path)]
+    assert f"{path} line 3, " in found[1].unpriced and words in found[1].unpriced
+    assert [bool(r.unpriced) for r in found] == [False, True, False, False]
+
+
+@pytest.mark.parametrize("column, value, reason", [
+    ("device", "abacus", "device 'abacus' is not a preset"), ("n_heads", "", "n_heads is not published"),
+    ("n_devices", "7", "is not n_devices=7"), ("tp", "3", "tp=3"), ("device", "tpu-v4", "no cluster of tpu-v4")])
+def test_what_cannot_be_priced_says_why(tmp_path, raw, column, value, reason):
+    raw[0][column] = value
+    assert reason in v.Pricer().price(v.read(written(tmp_path, raw))[0]).unpriced
+
+
+def test_a_file_that_is_none_is_one_line(tmp_path, raw):
+    with pytest.raises(ValueError, match="nowhere.csv cannot be read .*; give a CSV file"):
+        v.read(tmp_path / "nowhere.csv")
+    (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="not UTF-8 text"):
+        v.read(tmp_path / "binary.csv")
+    path = written(tmp_path, raw, [c for c in raw[0] if c not in ("tp", "value")])
+    with pytest.raises(ValueError, match="line 1: no column tp, value; needed are n_layers"):
+        v.read(path)
+    (tmp_path / "empty.csv").write_text("")
+    with pytest.raises(ValueError, match="no column"):
+        v.read(tmp_path / "empty.csv")
+
+
+def test_a_quoted_line_break_does_not_shift_the_lines(tmp_path, raw):
+    raw[0]["note"], raw[2]["tp"] = "two\nlines", "x"
+    assert "line 5, column tp" in v.read(written(tmp_path, raw))[2]["problem"]
+
+
+def test_what_a_row_leaves_out_is_filled_in(rows):
+    bare = {**rows[20], "dp": None, "ep": None, "cp": None, "zero_stage": "", "n_kv_heads": None, "d_ff": "", "recompute": "none",
+            "devices_per_node": None, "micro_batch": None, "device": "h100-80gb", "dtype": "", "gated_ffn": "yes"}
+    it = v.case(bare)
+    assert it.cluster.device.name == "h100-sxm" and it.cluster.devices_per_node == 8 and it.dtype == "bf16" and it.fused
+    assert it.spec.d_ff == 4 * it.spec.d_model and it.spec.n_kv_heads == it.spec.n_heads
+    assert {p.micro_batch for p in it.plans} == {b for b in (1, 2, 4, 8) if it.plans[0].global_batch // it.plans[0].dp % b == 0}
+
+
+def test_a_mixture_is_read_from_its_words(rows):
+    it = v.case(next(r for r in rows if r["n_experts"]))
+    spec = it.spec
+    assert (spec.n_experts, spec.top_k, spec.d_expert, spec.d_shared, spec.d_ff) == (160, 6, 1536, 3072, 12288)
+    assert spec.moe_layers[0] == 1 and spec.latent.kv_rank == 512
+
+
+def test_chunks_are_read_from_the_note(rows):
+    by_note = {row["note"]: v.case(row).plans[0].n_chunks for row in rows if "interleav" in row["note"] and row["pp"] in (8, 35)}
+    assert by_note["interleave stages m=3"] == 3 and by_note["interleaved 1F1B"] == 2
+
+
+def test_hybrid_shards_inside_a_node(rows):
+    row = {**next(r for r in rows if r["zero_stage"] == "3" and r["n_devices"] == 64), "zero_stage": "hybrid"}
+    assert v.case(row).plans[0].shard == 8
+
+
+def test_summaries():
+    make = lambda e, **more: v.Result("", "a", "iteration_seconds", 1.0, predicted=1.0 + e, **more)
+    found = v.summary([make(0.1), make(-0.2), make(0.3), replace(make(0), predicted=None, unpriced="why")])
+    assert found == {"n": 4, "priced": 3, "median_abs_error": pytest.approx(0.2), "mean_abs_error": pytest.approx(0.2),
+                     "p90_abs_error": pytest.approx(0.3), "bias": pytest.approx(0.1)}
+    groups = v.by_source([make(0.1, mfu=0.4), make(5.0, mfu=0.01)])
+    assert groups["a"]["n"] == groups["a" + v.APART]["n"] == 1 and v.average(groups)["mean_abs_error"] == pytest.approx(0.1)
