@@ -69,5 +69,5 @@ def run(n_devices: int, step_seconds: float, tokens_per_step: float, tokens: flo
         watts: float, useful: float = 1.0) -> Run:
     """A run over `tokens`, of whose wall time the share `useful` is goodput."""
     total = tokens / tokens_per_step * step_seconds / useful
-    return Run(total, device_hours(n_devices, total), dollars(n_devices, total, dollars_per_device_hour),
-               joules(n_devices, total, watts))
+    hours = device_hours(n_devices, total)
+    return Run(total, hours, hours * dollars_per_device_hour, joules(n_devices, total, watts))

@@ -225,12 +225,8 @@ class Estimator:
         terms, slowest, total = self._once(("time", plan.tp, p, plan.ep, plan.cp, v, plan.micro_batch, plan.recompute,
                                             plan.sequence_parallel), self._micro_batch, plan)
         send = self._send(plan)
-        if p == 1:
-            bubble = 0.0
-        elif m >= p:
-            bubble = (total + p * send - slowest - send) / v
-        else:
-            bubble = pipeline._lost(p, m, v) / v * (slowest + send)
+        lost = total + p * send - slowest - send if m >= p else pipeline._lost(p, m, v) * (slowest + send)
+        bubble = lost / v if p > 1 else 0.0                # with one stage the difference is rounding
         work = m * (slowest + send) + bubble
         count = max((end[2] for end in ends), key=lambda c: c["rest"] + c["experts"])
         shards = plan.shard or plan.dp * plan.cp if plan.zero_stage else 1

@@ -113,30 +113,21 @@ def active_total(points: Mapping[str, tuple[int, int]], highlight: str | None = 
 
 @style.styled
 def dots(rows: Mapping[str, tuple[Sequence[float], Sequence[float]]], x_label: str, x_ticks: Sequence[float], *,
-         log_x: bool = False, show: Callable[[float], str] = style.short, band: tuple[float, float] | None = None,
-         rule: float | None = None) -> Figure:
+         log_x: bool = False, show: Callable[[float], str] = style.short, band: tuple[float, float] | None = None) -> Figure:
     """A line of dots under each name: label -> (values drawn full, values drawn as rings).
 
-    The ticks are the limits too; a value beyond them becomes a triangle at the edge. `band` shades what is claimed,
-    `rule` dots one value.
+    The ticks are the limits too; a value beyond them becomes a triangle at the edge. `band` shades what is claimed.
     """
     figure, axes = style.canvas(0.75 + 0.46 * len(rows), left=0.2, right=0.3, bottom=0.6, top=0.1)
-    axes.set_xscale("log" if log_x else "linear")
-    axes.set_xlim(x_ticks[0], x_ticks[-1])
-    axes.set_ylim(len(rows) - 0.3, -0.75)
+    low, high = x_ticks[0], x_ticks[-1]
+    axes.set(xscale="log" if log_x else "linear", xlim=(low, high), ylim=(len(rows) - 0.3, -0.75), yticks=[], xlabel=x_label)
     if band:
-        axes.axvspan(*band, color=style.COLORS["kv_cache"], alpha=0.25, linewidth=0, gid="band")
-    if rule is not None:
-        axes.axvline(rule, color=style.GREY, linewidth=1.2, linestyle=(0, (1, 2)))
+        axes.axvspan(*band, color=style.COLORS["kv_cache"], alpha=0.25, linewidth=0)
     for y, (label, kinds) in enumerate(rows.items()):
-        axes.text(x_ticks[0], y - 0.38, f" {label}", ha="left", va="center_baseline")
-        for values, color, face in zip(kinds, (style.COLORS["weights"], style.COLORS["communication"]), (None, "none")):
-            for x in values:
-                edge = "<" if x < x_ticks[0] else ">" if x > x_ticks[-1] else "o"
-                axes.plot([min(max(x, x_ticks[0]), x_ticks[-1])], [y], edge, color=color, markerfacecolor=face or color,
-                          markersize=6, clip_on=False, gid=label)
+        axes.text(low, y - 0.38, f" {label}", va="center_baseline")
+        for x, meaning, fill in [(x, *how) for xs, how in zip(kinds, (("weights", "full"), ("communication", "none"))) for x in xs]:
+            axes.plot(min(max(x, low), high), y, "<" if x < low else ">" if x > high else "o", fillstyle=fill,
+                      color=style.COLORS[meaning], markersize=6, clip_on=False, gid=label)
     style.ticks(axes.xaxis, x_ticks, show)
-    axes.set_yticks([])
     axes.spines["left"].set_visible(False)
-    axes.set_xlabel(x_label)
     return figure

@@ -44,8 +44,7 @@ class ParallelPlan:
             raise ValueError(f"zero_stage={self.zero_stage!r} is not accepted; give 0, 1, 2 or 3")
         for name, accepted in (("recompute", RECOMPUTE), ("schedule", SCHEDULES)):
             if getattr(self, name) not in accepted:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not known; "
-                                 f"accepted: {', '.join(accepted)}")
+                raise ValueError(f"{name}={getattr(self, name)!r} is not known; accepted: {', '.join(accepted)}")
         if self.n_chunks > 1 and (self.schedule == "gpipe" or self.pp == 1):
             raise ValueError(f"n_chunks={self.n_chunks} needs schedule='1f1b' and pp > 1; "
                              f"got {self.schedule!r} and pp={self.pp}")
@@ -53,8 +52,7 @@ class ParallelPlan:
             raise ValueError(f"sequence_parallel={self.sequence_parallel!r} is not accepted; "
                              f"give True or False")
         if self.dp % self.ep:
-            raise ValueError(f"dp={self.dp} is not divisible by ep={self.ep}; "
-                             f"experts are spread over data-parallel ranks")
+            raise ValueError(f"dp={self.dp} is not divisible by ep={self.ep}; experts are spread over data-parallel ranks")
         if self.shard is not None and (type(self.shard) is not int or self.shard < 1
                                        or self.dp % self.shard or self.zero_stage < 3 or self.ep > 1):
             raise ValueError(f"shard={self.shard!r} is not accepted; give a divisor of dp={self.dp} "
@@ -86,8 +84,7 @@ class ParallelPlan:
                       "linear.n_value_heads": spec.linear.n_value_heads}
         for name, value in split.items():
             if value % self.tp:
-                raise ValueError(f"{name}={value} is not divisible by tp={self.tp}; "
-                                 f"choose a tp that divides it")
+                raise ValueError(f"{name}={value} is not divisible by tp={self.tp}; choose a tp that divides it")
         if spec.latent is None and spec.n_kv_heads % self.tp and self.tp % spec.n_kv_heads:
             raise ValueError(f"n_kv_heads={spec.n_kv_heads} neither divides nor is divided by "
                              f"tp={self.tp}; key/value heads are split or copied evenly")

@@ -163,3 +163,8 @@ def test_nonsense_is_one_line(make, words):
     with pytest.raises(ValueError, match=words) as error:
         make()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("plan", [ParallelPlan(), ParallelPlan(tp=8, dp=124, zero_stage=3, micro_batch=8, recompute="full")])
+def test_without_a_pipeline_there_is_no_bubble_not_even_of_rounding(plan):
+    assert Estimator(GPT3, A100, 2048).estimate(plan).by_term["bubble"] == 0
