@@ -29,12 +29,8 @@ def _gpt4(**changes) -> ModelSpec:
 
 
 def _attention(**changes) -> int:
+    """Parameters of GPT-4's attention in all layers, with some fields changed."""
     return parameters(_gpt4(**changes)).by_part["attention"]
-
-
-def _nearest_heads(head_dim: int, target: float) -> int:
-    """The multiple of 8 whose multi-query attention comes closest to `target` parameters."""
-    return min(range(8, 512, 8), key=lambda h: abs(_attention(n_heads=h, head_dim=head_dim) - target))
 
 
 def _int8_cache_fits() -> int:
@@ -77,7 +73,7 @@ PROBLEMS: dict[str, Problem] = {
     "1.5": Problem("Only K and V grow: 7 more heads of d x 128, for K and for V, in 120 layers.",
                    lambda: _attention(n_kv_heads=8) - _attention()),
     "1.6": Problem("Loop over multiples of 8 and keep the one whose attention count is nearest to 55e9.",
-                   lambda: _nearest_heads(256, 55e9)),
+                   lambda: min(range(8, 512, 8), key=lambda h: abs(_attention(n_heads=h, head_dim=256) - 55e9))),
     "3.1": Problem("(p - 1) / (m + p - 1) with p = 16 and m = 64.", lambda: pipeline.bubble_fraction(16, 64), 0.005),
     "3.2": Problem("14 / (m + 14) has to be 0.1 or less.",
                    lambda: next(m for m in range(1, 999) if pipeline.bubble_fraction(15, m) <= 0.1)),

@@ -240,9 +240,7 @@ class ModelSpec:
             values["latent"] = LatentAttention(**latent)
         if isinstance(values.get("linear"), Mapping):
             values["linear"] = LinearAttention(**values["linear"])
-        for f in ("layer_kinds", "moe_layers"):
-            if isinstance(values.get(f), list):
-                values[f] = tuple(values[f])
+        values |= {f: tuple(values[f]) for f in ("layer_kinds", "moe_layers") if isinstance(values.get(f), list)}
         return cls(**values)
 
     @classmethod
