@@ -31,12 +31,8 @@ def _gpt4(**changes) -> ModelSpec:
 
 
 def _attention(**changes) -> int:
+    """Parameters of GPT-4's attention in all layers, with some fields changed."""
     return parameters(_gpt4(**changes)).by_part["attention"]
-
-
-def _nearest_heads(head_dim: int, target: float) -> int:
-    """The multiple of 8 whose multi-query attention comes closest to `target` parameters."""
-    return min(range(8, 512, 8), key=lambda h: abs(_attention(n_heads=h, head_dim=head_dim) - target))
 
 
 def _int8_cache_fits() -> int:
@@ -93,7 +89,7 @@ PROBLEMS: dict[str, Problem] = {
     "1.5": Problem("Only K and V grow: 7 more heads of d x 128, for K and for V, in 120 layers.",
                    lambda: _attention(n_kv_heads=8) - _attention()),
     "1.6": Problem("Loop over multiples of 8 and keep the one whose attention count is nearest to 55e9.",
-                   lambda: _nearest_heads(256, 55e9)),
+                   lambda: min(range(8, 512, 8), key=lambda h: abs(_attention(n_heads=h, head_dim=256) - 55e9))),
     "2.1": Problem("2 T + 4 C = 13 with T = 3, then T + C; in tokens, not in trillions.",
                    lambda: 3e12 + (13e12 - 2 * 3e12) / 4, 0.001),
     "2.2": Problem("U (1 + R (1 - exp(-(e - 1) / R))) with U = 1, e = 8 and R = 15.39.",

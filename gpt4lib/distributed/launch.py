@@ -5,6 +5,7 @@ The one place that reads the environment: what torchrun tells each process.
 
 from __future__ import annotations
 
+import faulthandler
 import inspect
 import multiprocessing
 import os
@@ -47,6 +48,7 @@ def join_world(timeout_seconds: float = 600, device: str = "cpu") -> None:
 def _work(connection, target: Any, args: tuple, rank: int, n: int, store: str, timeout_seconds: float) -> None:
     import torch
     import torch.distributed as dist
+    faulthandler.enable()                                         # a crash in native code says where, on stderr
     try:
         if isinstance(target, tuple):                                               # source of a notebook's function
             space: dict[str, Any] = {}

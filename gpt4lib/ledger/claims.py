@@ -149,7 +149,7 @@ class Figures:
         return tuple(found)
 
     def sources(self, *expressions: str) -> tuple[str, ...]:
-        """Return the ids of the claims that state them."""
+        """Return the ids of the claims that expressions rest on."""
         return tuple(dict.fromkeys(self.stated[name][1] for name in self.symbols(*expressions)))
 
 

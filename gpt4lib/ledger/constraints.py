@@ -85,8 +85,7 @@ def evaluate_constraint(constraint: Constraint, known: Figures | None = None) ->
     satisfiable = possible(found)
     subsets = (subset for size in range(1, len(found) + 1) for subset in combinations(found, size))
     conflict = () if satisfiable else next(subset for subset in subsets if not possible(subset))
-    claims = tuple(dict.fromkeys(known.stated[name][1] for name in conflict or found))
-    return Outcome(constraint, sides(known.lookup(wide=False)), satisfiable, found, conflict, claims)
+    return Outcome(constraint, sides(known.lookup(wide=False)), satisfiable, found, conflict, known.sources(*(conflict or found)))
 
 
 def constraints(known: Figures | None = None) -> tuple[Outcome, ...]:

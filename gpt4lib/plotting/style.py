@@ -39,19 +39,15 @@ TEXT = 12.0             # points; the smallest text any figure may use
 DOTTED = {"color": GREY, "linewidth": 1.2, "linestyle": (0, (1, 2))}      # a line that is no curve: a target, a limit
 
 RC = {
-    "svg.fonttype": "none", "svg.hashsalt": "gpt4lib",
-    "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans", "Helvetica", "Arial"],
-    "font.size": TEXT, "axes.labelsize": TEXT, "axes.titlesize": TEXT,
-    "xtick.labelsize": TEXT, "ytick.labelsize": TEXT,
-    "text.color": GREY, "axes.labelcolor": GREY, "axes.edgecolor": GREY,
-    "xtick.color": GREY, "ytick.color": GREY,
+    "svg.fonttype": "none", "svg.hashsalt": "gpt4lib", "axes.unicode_minus": False, "path.simplify": False,
+    "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans", "Helvetica", "Arial"], "lines.linewidth": 2.0,
+    **dict.fromkeys(("font.size", "axes.labelsize", "axes.titlesize", "xtick.labelsize", "ytick.labelsize"), TEXT),
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), GREY),
+    **dict.fromkeys(("axes.facecolor", "figure.facecolor", "savefig.facecolor"), "none"),
     "axes.prop_cycle": cycler(color=[COLORS[m] for m in COLORS if m != "failure"]),
-    "axes.spines.top": False, "axes.spines.right": False,
-    "axes.facecolor": "none", "figure.facecolor": "none", "savefig.facecolor": "none",
+    "axes.spines.top": False, "axes.spines.right": False, "xtick.major.pad": 6, "ytick.major.pad": 6,
     "figure.figsize": (WIDTH, 3.0), "figure.dpi": 96, "savefig.bbox": None,
     "figure.autolayout": False, "figure.constrained_layout.use": False,
-    "xtick.major.pad": 6, "ytick.major.pad": 6,
-    "axes.unicode_minus": False, "lines.linewidth": 2.0, "path.simplify": False,
 }
 SAVE = {"format": "svg", "metadata": {"Date": None, "Creator": None}, "bbox_inches": None}
 

@@ -26,11 +26,9 @@ class Key:
 
     def __call__(self, c: Config) -> Any:
         value = c.get(self.name)
-        if value is None:
-            if self.default is REQUIRED:
-                raise ValueError(f"field {self.name!r} is missing; a {c['model_type']} config needs it")
-            return self.default
-        return value
+        if value is None and self.default is REQUIRED:
+            raise ValueError(f"field {self.name!r} is missing; a {c['model_type']} config needs it")
+        return self.default if value is None else value
 
 
 def count(c: Config, name: str, default: Any = REQUIRED) -> int:
@@ -42,6 +40,11 @@ def count(c: Config, name: str, default: Any = REQUIRED) -> int:
 
 
 # --- what needs more than a look-up --------------------------------------------------------------------
+def _every(c: Config, step: int) -> list[bool]:
+    """For each layer, whether it is the last of `step`; none is where step is 0."""
+    return [step > 0 and (i + 1) % step == 0 for i in range(count(c, "num_hidden_layers"))]
+
+
 def _first_dense(c: Config) -> tuple[int, ...]:
     if "mlp_layer_types" in c:
         return tuple(i for i, kind in enumerate(c["mlp_layer_types"]) if kind == "sparse")
@@ -50,18 +53,12 @@ def _first_dense(c: Config) -> tuple[int, ...]:
 
 def _sparse_step(c: Config) -> tuple[int, ...]:
     step, dense = count(c, "decoder_sparse_step", 1), Key("mlp_only_layers", ())(c)
-    return tuple(i for i in range(count(c, "num_hidden_layers"))
-                 if step and i not in dense and (i + 1) % step == 0)
+    return tuple(i for i, sparse in enumerate(_every(c, step)) if sparse and i not in dense)
 
 
 def _interleaved(c: Config) -> tuple[int, ...]:
     step = count(c, "interleave_moe_layer_step")
     return tuple(Key("moe_layers", range(step - 1, count(c, "num_hidden_layers"), step or 1))(c))
-
-
-def _either(*names: str) -> Callable[[Config], Any]:
-    """The first of several spellings of one field."""
-    return lambda c: next((c[n] for n in names if c.get(n) is not None), None) or Key(names[0])(c)
 
 
 def _shared(c: Config) -> int:
@@ -72,15 +69,13 @@ def _latent(c: Config) -> LatentAttention:
     indexer = None
     if "index_head_dim" in c:
         # Every freq-th layer after an offset owns an indexer; the layers between reuse its choice.
-        n, freq = count(c, "num_hidden_layers"), max(count(c, "index_topk_freq", 1), 1)
-        offset = count(c, "index_skip_topk_offset", 2)
+        freq, offset = max(count(c, "index_topk_freq", 1), 1), count(c, "index_skip_topk_offset", 2)
+        owns = [max(i - offset + 1, 0) % freq == 0 for i in range(count(c, "num_hidden_layers"))]
         kinds = c.get("indexer_types")
-        layers = sum(max(i - offset + 1, 0) % freq == 0 for i in range(n)) if kinds is None else (
-            sum(kind == "full" for kind in kinds))
+        layers = sum(owns) if kinds is None else sum(kind == "full" for kind in kinds)
         indexer = Indexer(count(c, "index_n_heads"), count(c, "index_head_dim"), layers)
-    return LatentAttention(kv_rank=Key("kv_lora_rank")(c), rope_dim=Key("qk_rope_head_dim")(c),
-                           nope_dim=Key("qk_nope_head_dim")(c), v_dim=Key("v_head_dim")(c),
-                           q_rank=c.get("q_lora_rank"), indexer=indexer)
+    sizes = (Key(k)(c) for k in ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"))
+    return LatentAttention(*sizes, q_rank=c.get("q_lora_rank"), indexer=indexer)
 
 
 def _linear(c: Config) -> LinearAttention:
@@ -88,33 +83,27 @@ def _linear(c: Config) -> LinearAttention:
         "num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim", "conv_kernel_dim")))
 
 
-def _kinds(alternate: bool = False, hybrid: bool = False) -> Callable[[Config], tuple[str, ...] | None]:
-    """Layer kinds from `layer_types`. Without it: every second layer has the window (alternate), every
-    fourth has full attention among linear ones (hybrid), or none differs."""
+def _kinds(rest: str | None = None, step: Callable[[Config], int] = lambda c: 2) -> Callable[[Config], tuple[str, ...] | None]:
+    """Layer kinds from `layer_types`. Without it: every `step`-th layer has full attention among those of kind `rest`, or
+    none differs."""
     names = {"full_attention": "full", "sliding_attention": "window", "linear_attention": "linear",
              "chunked_attention": "window"}
 
     def kinds(c: Config) -> tuple[str, ...] | None:
-        listed = c.get("layer_types") or None
-        if listed is not None:
+        if listed := c.get("layer_types"):
             unknown = sorted({str(t) for t in listed} - set(names))
             if unknown:
                 raise ValueError(f"field 'layer_types' holds {unknown}; accepted: {', '.join(names)}")
             return tuple(names[t] for t in listed)
-        n = count(c, "num_hidden_layers")
-        if hybrid:
-            step = count(c, "full_attention_interval", 4)
-            return tuple("full" if step and (i + 1) % step == 0 else "linear" for i in range(n))
-        return tuple("full" if i % 2 else "window" for i in range(n)) if alternate else None
+        last = _every(c, step(c))
+        return tuple("full" if full else rest for full in last) if rest else None
     return kinds
 
 
 def _chunked(c: Config) -> tuple[str, ...]:
     """Llama 4: layers with rotary positions attend within a chunk, those without to everything."""
-    n = count(c, "num_hidden_layers")
-    step = count(c, "no_rope_layer_interval", 4)
-    rotary = c.get("no_rope_layers") or [(i + 1) % step != 0 for i in range(n)]
-    return tuple("window" if r else "full" for r in rotary)
+    last = _every(c, count(c, "no_rope_layer_interval", 4))
+    return tuple("window" if rotary else "full" for rotary in c.get("no_rope_layers") or [not full for full in last])
 
 
 def _falcon_kv(c: Config) -> int:
@@ -131,93 +120,79 @@ def _falcon_norms(c: Config) -> int:
 
 
 def _nested(outer: str, name: str) -> Callable[[Config], Any]:
-    def look(c: Config) -> Any:
-        return Key(name)({"model_type": c["model_type"], **Key(outer)(c)})
-    return look
+    return lambda c: Key(name)({"model_type": c["model_type"], **Key(outer)(c)})
 
 
 # --- the table: rows build on rows ---------------------------------------------------------------------
 def row(*bases: Mapping[str, Any], **fields: Any) -> dict[str, Any]:
     """A family: ModelSpec field -> constant, Key or function of the config; later entries win."""
-    merged: dict[str, Any] = {}
-    for base in (*bases, fields):
-        merged.update(base)
-    return merged
+    return {field: look for base in (*bases, fields) for field, look in base.items()}
 
 
+def biases(on: Any) -> dict[str, Any]:
+    return row(qkv_bias=on, out_bias=on, ffn_bias=on)
+
+
+TIED, UNTIED = Key("tie_word_embeddings", True), Key("tie_word_embeddings", False)
 SIZES = row(n_layers=Key("num_hidden_layers"), d_model=Key("hidden_size"), n_heads=Key("num_attention_heads"),
             d_ff=Key("intermediate_size"), vocab_size=Key("vocab_size"), context=Key("max_position_embeddings"))
-GPT2 = row(n_layers=Key("n_layer"), d_model=Key("n_embd"), n_heads=Key("n_head"), vocab_size=Key("vocab_size"),
-           context=Key("n_positions"), d_ff=lambda c: count(c, "n_inner", 4 * count(c, "n_embd")),
-           positions="learned", qkv_bias=True, out_bias=True, ffn_bias=True, tied=Key("tie_word_embeddings", True))
-LLAMA = row(SIZES, n_kv_heads=Key("num_key_value_heads", None), head_dim=Key("head_dim", None), norm="rmsnorm",
-            gated_ffn=True, qkv_bias=Key("attention_bias", False), out_bias=Key("attention_bias", False),
-            ffn_bias=Key("mlp_bias", False), tied=Key("tie_word_embeddings", False))
+GPT2 = row(biases(True), n_layers=Key("n_layer"), d_model=Key("n_embd"), n_heads=Key("n_head"), vocab_size=Key("vocab_size"),
+           context=Key("n_positions"), d_ff=lambda c: count(c, "n_inner", 4 * count(c, "n_embd")), positions="learned", tied=TIED)
+LLAMA = row(SIZES, biases(Key("attention_bias", False)), ffn_bias=Key("mlp_bias", False), head_dim=Key("head_dim", None),
+            n_kv_heads=Key("num_key_value_heads", None), norm="rmsnorm", gated_ffn=True, tied=UNTIED)
 # Mistral AI's configs mean 8 key/value heads where they name none, and Mistral's a window of 4,096 unless it is null.
-MISTRAL = row(LLAMA, qkv_bias=False, out_bias=False, ffn_bias=False, n_kv_heads=Key("num_key_value_heads", 8),
-              window=lambda c: c.get("sliding_window", 4096))
-QWEN2 = row(LLAMA, qkv_bias=True, out_bias=False, ffn_bias=False, layer_kinds=_kinds(),
+MISTRAL = row(LLAMA, biases(False), n_kv_heads=Key("num_key_value_heads", 8), window=lambda c: c.get("sliding_window", 4096))
+QWEN2 = row(LLAMA, biases(False), qkv_bias=True, layer_kinds=_kinds(),
             window=lambda c: c.get("sliding_window") if c.get("use_sliding_window") else None)
 QWEN3 = row(LLAMA, ffn_bias=False, qk_norm="head", layer_kinds=_kinds(), window=QWEN2["window"])
-EXPERTS = row(n_experts=_either("num_experts", "num_local_experts"), top_k=Key("num_experts_per_tok"),
-              d_expert=Key("moe_intermediate_size"), moe_layers=_sparse_step)
+LOCAL = row(n_experts=Key("num_local_experts"), top_k=Key("num_experts_per_tok"))
+EXPERTS = row(n_experts=lambda c: Key("num_experts", c.get("num_local_experts") or REQUIRED)(c),      # two spellings
+              top_k=Key("num_experts_per_tok"), d_expert=Key("moe_intermediate_size"), moe_layers=_sparse_step)
 SHARED = row(d_shared=Key("shared_expert_intermediate_size"), shared_gate=True)
-DEEPSEEK = row(LLAMA, ffn_bias=False, latent=_latent, n_kv_heads=None, n_experts=Key("n_routed_experts"),
-               top_k=Key("num_experts_per_tok"), d_expert=Key("moe_intermediate_size"), d_shared=_shared,
-               moe_layers=_first_dense, head_dim=lambda c: count(c, "qk_nope_head_dim") + count(c, "qk_rope_head_dim"))
-HYBRID = row(QWEN3, linear=_linear, layer_kinds=_kinds(hybrid=True), attention_gate=True, window=None)
+ROUTED = row(n_experts=Key("n_routed_experts"), top_k=Key("num_experts_per_tok"), d_expert=Key("moe_intermediate_size"),
+             d_shared=_shared, moe_layers=_first_dense)
+DEEPSEEK = row(LLAMA, ROUTED, ffn_bias=False, latent=_latent, n_kv_heads=None,
+               head_dim=lambda c: count(c, "qk_nope_head_dim") + count(c, "qk_rope_head_dim"))
+HYBRID = row(QWEN3, linear=_linear, layer_kinds=_kinds("linear", lambda c: count(c, "full_attention_interval", 4)),
+             attention_gate=True, window=None)
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": GPT2,
     "gpt_bigcode": row(GPT2, n_kv_heads=lambda c: 1 if c.get("multi_query", True) else count(c, "n_head")),
-    "gpt_neox": row(SIZES, qkv_bias=Key("attention_bias", True), out_bias=Key("attention_bias", True),
-                    ffn_bias=True, tied=Key("tie_word_embeddings", False)),
-    "opt": row(SIZES, d_ff=Key("ffn_dim"), positions="learned", position_offset=2, tied=Key("tie_word_embeddings", True),
-               qkv_bias=Key("enable_bias", True), out_bias=Key("enable_bias", True), ffn_bias=Key("enable_bias", True),
+    "gpt_neox": row(SIZES, biases(Key("attention_bias", True)), ffn_bias=True, tied=UNTIED),
+    "opt": row(SIZES, biases(Key("enable_bias", True)), d_ff=Key("ffn_dim"), positions="learned", position_offset=2, tied=TIED,
                final_norm=lambda c: c.get("do_layer_norm_before", True) and not c.get("_remove_final_layer_norm", False),
                d_embed=lambda c: c.get("word_embed_proj_dim") if c.get("word_embed_proj_dim") != c["hidden_size"] else None),
-    "bloom": row(n_layers=Key("n_layer"), d_model=Key("hidden_size"), n_heads=Key("n_head"), vocab_size=Key("vocab_size"),
-                 context=Key("seq_length", 2048), d_ff=lambda c: 4 * count(c, "hidden_size"), positions="alibi",
-                 qkv_bias=True, out_bias=True, ffn_bias=True, embedding_norm=True, tied=Key("tie_word_embeddings", True)),
-    "falcon": row(SIZES, d_ff=lambda c: count(c, "ffn_hidden_size", 4 * count(c, "hidden_size")),
+    "bloom": row(biases(True), n_layers=Key("n_layer"), d_model=Key("hidden_size"), n_heads=Key("n_head"),
+                 vocab_size=Key("vocab_size"), context=Key("seq_length", 2048), d_ff=lambda c: 4 * count(c, "hidden_size"),
+                 positions="alibi", embedding_norm=True, tied=TIED),
+    "falcon": row(SIZES, biases(Key("bias", False)), d_ff=lambda c: count(c, "ffn_hidden_size", 4 * count(c, "hidden_size")),
                   context=Key("max_position_embeddings", 2048), n_kv_heads=_falcon_kv, norms_per_layer=_falcon_norms,
-                  positions=lambda c: "alibi" if c.get("alibi") else "rotary", tied=Key("tie_word_embeddings", True),
-                  qkv_bias=Key("bias", False), out_bias=Key("bias", False), ffn_bias=Key("bias", False)),
-    "llama": LLAMA,
-    "mistral": MISTRAL,
-    "mixtral": row(MISTRAL, window=Key("sliding_window", None), n_experts=Key("num_local_experts"), top_k=Key("num_experts_per_tok")),
+                  positions=lambda c: "alibi" if c.get("alibi") else "rotary", tied=TIED),
+    "llama": LLAMA, "mistral": MISTRAL,
+    "mixtral": row(MISTRAL, LOCAL, window=Key("sliding_window", None)),
     "qwen2": QWEN2,
     "qwen2_moe": row(QWEN2, EXPERTS, SHARED, qkv_bias=Key("qkv_bias", True)),
-    "qwen3": QWEN3,
-    "qwen3_moe": row(QWEN3, EXPERTS),
-    "qwen3_vl_text": QWEN3,
-    "qwen3_vl_moe_text": row(QWEN3, EXPERTS),
+    "qwen3": QWEN3, "qwen3_moe": row(QWEN3, EXPERTS),
+    "qwen3_vl_text": QWEN3, "qwen3_vl_moe_text": row(QWEN3, EXPERTS),
     "qwen3_5_text": HYBRID,
     "qwen3_5_moe_text": row(HYBRID, EXPERTS, SHARED, d_ff=0, moe_layers=None),
-    "deepseek_v2": DEEPSEEK,
-    "deepseek_v3": DEEPSEEK,
-    "kimi_k2": DEEPSEEK,
-    "deepseek_v32": DEEPSEEK,
-    "glm_moe_dsa": DEEPSEEK,
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "kimi_k2", "deepseek_v32", "glm_moe_dsa"), DEEPSEEK),
     "dbrx": row(n_layers=Key("n_layers"), d_model=Key("d_model"), n_heads=Key("n_heads"), vocab_size=Key("vocab_size"),
                 context=Key("max_seq_len"), n_kv_heads=_nested("attn_config", "kv_n_heads"), gated_ffn=True,
                 d_ff=_nested("ffn_config", "ffn_hidden_size"), n_experts=_nested("ffn_config", "moe_num_experts"),
-                top_k=_nested("ffn_config", "moe_top_k"), norm="layernorm_nobias", tied=Key("tie_word_embeddings", False)),
-    "gpt_oss": row(LLAMA, qkv_bias=Key("attention_bias", True), out_bias=Key("attention_bias", True), ffn_bias=False,
-                   sinks=True, window=Key("sliding_window"), layer_kinds=_kinds(alternate=True), expert_bias=True,
-                   router_bias=True, n_experts=Key("num_local_experts"), top_k=Key("num_experts_per_tok")),
-    "glm4_moe": row(LLAMA, out_bias=False, ffn_bias=False, d_expert=Key("moe_intermediate_size"), d_shared=_shared,
-                    qk_norm=lambda c: "head" if c.get("use_qk_norm") else "none", n_experts=Key("n_routed_experts"),
-                    top_k=Key("num_experts_per_tok"), moe_layers=_first_dense),
-    "minimax_m2": row(LLAMA, qkv_bias=False, out_bias=False, ffn_bias=False, qk_norm="full",
-                      n_experts=Key("num_local_experts"), top_k=Key("num_experts_per_tok")),
-    "llama4_text": row(LLAMA, ffn_bias=False, d_ff=Key("intermediate_size_mlp"), d_expert=Key("intermediate_size"),
-                       d_shared=Key("intermediate_size"), n_experts=Key("num_local_experts"),
-                       top_k=Key("num_experts_per_tok"), moe_layers=_interleaved, layer_kinds=_chunked,
+                top_k=_nested("ffn_config", "moe_top_k"), norm="layernorm_nobias", tied=UNTIED),
+    "gpt_oss": row(LLAMA, LOCAL, biases(Key("attention_bias", True)), ffn_bias=False, sinks=True, window=Key("sliding_window"),
+                   layer_kinds=_kinds("window"), expert_bias=True, router_bias=True),
+    "glm4_moe": row(LLAMA, ROUTED, out_bias=False, ffn_bias=False,
+                     qk_norm=lambda c: "head" if c.get("use_qk_norm") else "none"),
+    "minimax_m2": row(LLAMA, LOCAL, biases(False), qk_norm="full"),
+    "llama4_text": row(LLAMA, LOCAL, ffn_bias=False, d_ff=Key("intermediate_size_mlp"), d_expert=Key("intermediate_size"),
+                       d_shared=Key("intermediate_size"), moe_layers=_interleaved, layer_kinds=_chunked,
                        window=Key("attention_chunk_size")),
     "olmo2": row(LLAMA, ffn_bias=False, qk_norm="full"),
-    "gemma2": row(LLAMA, ffn_bias=False, norms_per_layer=4, window=Key("sliding_window"),
-                  layer_kinds=_kinds(alternate=True), tied=Key("tie_word_embeddings", True)),
+    "gemma2": row(LLAMA, ffn_bias=False, norms_per_layer=4, window=Key("sliding_window"), layer_kinds=_kinds("window"),
+                  tied=TIED),
 }
 
 

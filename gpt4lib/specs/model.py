@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any, Mapping
 
+from gpt4lib.specs import registry
+
 LAYER_KINDS = ("full", "window", "linear")
 POSITIONS = ("rotary", "learned", "relative", "alibi", "none")
 NORMS = ("layernorm", "layernorm_nobias", "rmsnorm")
@@ -16,10 +18,11 @@ def _check(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _check_count(owner: str, name: str, value: Any, least: int) -> None:
+def _check_counts(spec: Any, least: int, *names: str, owner: str = "") -> None:
     """A count is a plain int; bool, float (NaN included) and str are refused by type."""
-    _check(type(value) is int and value >= least,
-           f"{owner}{name}={value!r} is not accepted; give an integer >= {least}")
+    for name in names:
+        value = getattr(spec, name)
+        _check(type(value) is int and value >= least, f"{owner}{name}={value!r} is not accepted; give an integer >= {least}")
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,7 @@ class Indexer:
     layers: int | None = None        # how many layers own one; None = every layer
 
     def __post_init__(self) -> None:
-        for name in ("n_heads", "head_dim"):
-            _check_count("indexer.", name, getattr(self, name), 1)
+        _check_counts(self, 1, "n_heads", "head_dim", owner="indexer.")
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,10 @@ class LatentAttention:
     indexer: Indexer | None = None
 
     def __post_init__(self) -> None:
-        for name in ("kv_rank", "nope_dim", "v_dim"):
-            _check_count("latent.", name, getattr(self, name), 1)
-        _check_count("latent.", "rope_dim", self.rope_dim, 0)
+        _check_counts(self, 1, "kv_rank", "nope_dim", "v_dim", owner="latent.")
+        _check_counts(self, 0, "rope_dim", owner="latent.")
         if self.q_rank is not None:
-            _check_count("latent.", "q_rank", self.q_rank, 1)
+            _check_counts(self, 1, "q_rank", owner="latent.")
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,10 @@ class LinearAttention:
     conv_kernel: int
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            _check_count("linear.", f.name, getattr(self, f.name), 1)
+        _check_counts(self, 1, *(f.name for f in fields(self)), owner="linear.")
         _check(self.n_value_heads % self.n_key_heads == 0,
-               f"linear.n_value_heads={self.n_value_heads} is not divisible by "
-               f"n_key_heads={self.n_key_heads}; value heads are shared evenly among key heads")
+               f"linear.n_value_heads={self.n_value_heads} is not divisible by n_key_heads={self.n_key_heads}; "
+               f"value heads are shared evenly among key heads")
 
 
 @dataclass(frozen=True)
@@ -133,70 +133,55 @@ class ModelSpec:
 
     def __post_init__(self) -> None:
         _check(isinstance(self.name, str) and bool(self.name), f"name={self.name!r} must be a non-empty string")
-        for f in ("n_layers", "d_model", "n_heads", "vocab_size", "context"):
-            _check_count("", f, getattr(self, f), 1)
-        for f in ("d_ff", "n_experts", "top_k", "d_shared", "position_offset", "norms_per_layer"):
-            _check_count("", f, getattr(self, f), 0)
+        _check_counts(self, 1, "n_layers", "d_model", "n_heads", "vocab_size", "context")
+        _check_counts(self, 0, "d_ff", "n_experts", "top_k", "d_shared", "position_offset", "norms_per_layer")
         if self.n_kv_heads is None:
             object.__setattr__(self, "n_kv_heads", self.n_heads)
-        _check_count("", "n_kv_heads", self.n_kv_heads, 1)
-        _check(self.n_heads % self.n_kv_heads == 0,
-               f"n_heads={self.n_heads} is not divisible by n_kv_heads={self.n_kv_heads}; "
+        _check_counts(self, 1, "n_kv_heads")
+        _check(self.n_heads % self.n_kv_heads == 0, f"n_heads={self.n_heads} is not divisible by n_kv_heads={self.n_kv_heads}; "
                f"accepted: a divisor of n_heads, 1 for multi-query, n_heads for multi-head")
         if self.head_dim is None:
-            _check(self.d_model % self.n_heads == 0,
-                   f"d_model={self.d_model} is not divisible by n_heads={self.n_heads}; "
+            _check(self.d_model % self.n_heads == 0, f"d_model={self.d_model} is not divisible by n_heads={self.n_heads}; "
                    f"change one of them or set head_dim explicitly")
             object.__setattr__(self, "head_dim", self.d_model // self.n_heads)
-        for f in ("head_dim", "window", "d_expert", "d_embed"):
-            if getattr(self, f) is not None:
-                _check_count("", f, getattr(self, f), 1)
+        _check_counts(self, 1, *(f for f in ("head_dim", "window", "d_expert", "d_embed") if getattr(self, f) is not None))
         for f, accepted in (("positions", POSITIONS), ("norm", NORMS), ("qk_norm", QK_NORMS)):
-            _check(getattr(self, f) in accepted,
-                   f"{f}={getattr(self, f)!r} is not known; accepted: {', '.join(accepted)}")
-        for f in fields(self):
-            if f.type == "bool":
-                _check(type(getattr(self, f.name)) is bool,
-                       f"{f.name}={getattr(self, f.name)!r} is not accepted; give true or false")
+            _check(getattr(self, f) in accepted, f"{f}={getattr(self, f)!r} is not known; accepted: {', '.join(accepted)}")
+        for f in (f.name for f in fields(self) if f.type == "bool"):
+            _check(type(getattr(self, f)) is bool, f"{f}={getattr(self, f)!r} is not accepted; give true or false")
         self._check_experts()
         self._check_layers()
 
     def _check_experts(self) -> None:
         if self.n_experts == 0:
             _check(self.top_k == 0 and self.d_shared == 0 and self.moe_layers is None,
-                   f"top_k={self.top_k}, d_shared={self.d_shared}, moe_layers={self.moe_layers} need "
-                   f"n_experts >= 1; for a dense model leave them out")
+                   f"top_k={self.top_k}, d_shared={self.d_shared}, moe_layers={self.moe_layers} need n_experts >= 1; "
+                   f"for a dense model leave them out")
             _check(self.d_ff >= 1, f"d_ff={self.d_ff} is not accepted; a dense model needs d_ff >= 1")
             return
-        _check(1 <= self.top_k <= self.n_experts,
-               f"top_k={self.top_k} is not accepted; give 1 to n_experts={self.n_experts}")
+        _check(1 <= self.top_k <= self.n_experts, f"top_k={self.top_k} is not accepted; give 1 to n_experts={self.n_experts}")
         if self.d_expert is None:
             object.__setattr__(self, "d_expert", self.d_ff)
-        _check_count("", "d_expert", self.d_expert, 1)
+        _check_counts(self, 1, "d_expert")
         if self.moe_layers is not None:
             layers = tuple(self.moe_layers)
             object.__setattr__(self, "moe_layers", layers)
-            _check(all(type(i) is int and 0 <= i < self.n_layers for i in layers)
-                   and list(layers) == sorted(set(layers)),
+            _check(all(type(i) is int and 0 <= i < self.n_layers for i in layers) and list(layers) == sorted(set(layers)),
                    f"moe_layers={layers} is not accepted; give increasing layer numbers "
                    f"between 0 and n_layers-1={self.n_layers - 1}")
-        if self.n_dense_layers:
-            _check(self.d_ff >= 1, f"d_ff={self.d_ff} is not accepted; "
-                                   f"{self.n_dense_layers} layers are dense and need d_ff >= 1")
+        _check(self.d_ff >= 1 or not self.n_dense_layers,
+               f"d_ff={self.d_ff} is not accepted; {self.n_dense_layers} layers are dense and need d_ff >= 1")
 
     def _check_layers(self) -> None:
-        kinds = self.layer_kinds
-        if kinds is None:
-            kinds = ("window" if self.window else "full",) * self.n_layers
-        object.__setattr__(self, "layer_kinds", tuple(kinds))
-        _check(len(self.layer_kinds) == self.n_layers,
-               f"layer_kinds has {len(self.layer_kinds)} entries; give one for each of the {self.n_layers} layers")
-        unknown = sorted(set(self.layer_kinds) - set(LAYER_KINDS))
+        kinds = ("window" if self.window else "full",) * self.n_layers if self.layer_kinds is None else tuple(self.layer_kinds)
+        object.__setattr__(self, "layer_kinds", kinds)
+        _check(len(kinds) == self.n_layers,
+               f"layer_kinds has {len(kinds)} entries; give one for each of the {self.n_layers} layers")
+        unknown = sorted(set(kinds) - set(LAYER_KINDS))
         _check(not unknown, f"layer_kinds holds {unknown}; accepted: {', '.join(LAYER_KINDS)}")
-        _check("window" not in self.layer_kinds or self.window is not None,
-               "layer_kinds holds 'window' but window is not set; give the window in tokens")
-        _check("linear" not in self.layer_kinds or self.linear is not None,
-               "layer_kinds holds 'linear' but linear is not set; give a LinearAttention")
+        for kind, give in (("window", "the window in tokens"), ("linear", "a LinearAttention")):
+            _check(kind not in kinds or getattr(self, kind) is not None,
+                   f"layer_kinds holds {kind!r} but {kind} is not set; give {give}")
 
     # --- derived -----------------------------------------------------------------------------------
     @property
@@ -255,20 +240,16 @@ class ModelSpec:
             values["latent"] = LatentAttention(**latent)
         if isinstance(values.get("linear"), Mapping):
             values["linear"] = LinearAttention(**values["linear"])
-        for f in ("layer_kinds", "moe_layers"):
-            if isinstance(values.get(f), list):
-                values[f] = tuple(values[f])
+        values |= {f: tuple(values[f]) for f in ("layer_kinds", "moe_layers") if isinstance(values.get(f), list)}
         return cls(**values)
 
     @classmethod
     def preset(cls, name: str) -> "ModelSpec":
         """A model shipped with the library, e.g. "gpt-4"; ValueError names the known ones."""
-        from gpt4lib.specs import registry
         return cls.from_dict({"name": name, **registry.load("models", name)})
 
     @staticmethod
     def presets() -> tuple[str, ...]:
-        from gpt4lib.specs import registry
         return registry.names("models")
 
     @classmethod
