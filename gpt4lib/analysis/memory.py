@@ -233,7 +233,8 @@ def training(spec: ModelSpec, plan: ParallelPlan, seq_len: int, dtype: str = "bf
     """What the fullest device holds while training: state, and activations in flight.
 
     How many micro-batches are in flight on a stage, `pipeline.in_flight` says; the chunks of an
-    interleaved stage count as alike. Logits, buffers and the framework's own share are left out.
+    interleaved stage count as alike. This is what the running half was seen to hold, scores of unfused attention among it;
+    logits, buffers and the framework's own share are left out. `Estimator` predicts the peak with them.
     """
     plan.check(spec)
     uses = []

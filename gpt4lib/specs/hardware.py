@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field, replace
 from typing import Any, Mapping
 
@@ -92,9 +93,10 @@ class ClusterSpec:
     @classmethod
     def around(cls, device: str, devices_per_node: int | None = None) -> "ClusterSpec":
         """A cluster of a kind of device: the preset with such nodes, else one with such devices, else one of their
-        generation. A name like "h100-80gb" stands for the first device preset that begins alike."""
-        known = DeviceSpec.presets()
-        name = device if device in known else next((d for d in known if d.split("-")[0] == device.split("-")[0]), None)
+        generation. A name like "h100-80gb" stands for the preset that begins most alike."""
+        known, like = DeviceSpec.presets(), lambda name: len(os.path.commonprefix([name, device]))    # noqa: E731
+        alike = [d for d in known if d.split("-")[0] == device.split("-")[0]]
+        name = device if device in known else max(alike, key=like, default=None)
         if name is None:
             raise ValueError(f"device {device!r} is not a preset; accepted: {', '.join(known)}")
         chosen, presets = DeviceSpec.preset(name), [cls.preset(c) for c in cls.presets()]
@@ -103,7 +105,8 @@ class ClusterSpec:
                  or [c for c in presets if c.device.generation == chosen.generation])
         if not alike:
             raise ValueError(f"no cluster of {name} is known; accepted: {', '.join(cls.presets())}")
-        return replace(alike[0], device=chosen, devices_per_node=devices_per_node or alike[0].devices_per_node)
+        return replace(alike[0], name=f"around {name}", device=chosen,
+                       devices_per_node=devices_per_node or alike[0].devices_per_node)
 
     @staticmethod
     def presets() -> tuple[str, ...]:
