@@ -136,8 +136,7 @@ def _expert_terms(spec, plan, seq_len, stage, act_bytes, balance_bytes) -> Itera
 def _replica_terms(spec, plan, stage, weight_bytes, gradient_bytes) -> Iterator[Term]:
     count = stage_parameters(spec, plan, stage)
     apart = count["experts"] * (plan.ep > 1)
-    for what, held, n in (("experts", apart, plan.dp // plan.ep),
-                          ("weights", sum(count.values()) - apart, plan.dp)):
+    for what, held, n in (("experts", apart, plan.dp // plan.ep), ("weights", sum(count.values()) - apart, plan.dp)):
         if plan.zero_stage == 3:
             shards, copies = plan.shard or n, n // (plan.shard or n)
             passes = plan.n_micro_batches * (2 if plan.pp == 1 else 1)

@@ -37,8 +37,7 @@ def pairs(n_tokens, context, causal: bool, window: int | None = None):
     return growing * context + growing * (growing + 1) // 2 + (n_tokens - growing) * window
 
 
-def mixing(spec: ModelSpec, kind: str, n, context, causal: bool,
-               absorbed: bool) -> tuple[int, int]:
+def mixing(spec: ModelSpec, kind: str, n, context, causal: bool, absorbed: bool) -> tuple[int, int]:
     """(projections, scores) of one layer for one sequence."""
     d, h = spec.d_model, spec.n_heads
     if kind == "linear":
@@ -62,8 +61,7 @@ def mixing(spec: ModelSpec, kind: str, n, context, causal: bool,
     return 2 * (n * own + (n + context) * up), 2 * seen * (width + h * m.v_dim)
 
 
-def forward(spec: ModelSpec, batch, n_tokens, *, causal: bool, context=0,
-            absorbed: bool = False) -> FlopCount:
+def forward(spec: ModelSpec, batch, n_tokens, *, causal: bool, context=0, absorbed: bool = False) -> FlopCount:
     """FLOP of a forward pass over `batch` sequences of n_tokens new tokens after `context` cached.
 
     `causal` has no default: half the published figures count the full square of scores, half the

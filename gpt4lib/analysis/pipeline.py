@@ -34,8 +34,7 @@ def bubble_fraction(n_stages, n_micro_batches, n_chunks=1):
     return idle / (n_chunks * n_micro_batches + idle)
 
 
-def in_flight(n_stages: int, n_micro_batches: int, stage: int, n_chunks: int = 1,
-              schedule: str = "1f1b") -> int:
+def in_flight(n_stages: int, n_micro_batches: int, stage: int, n_chunks: int = 1, schedule: str = "1f1b") -> int:
     """Forwards whose activations a stage holds at most, each of one micro-batch and one chunk.
 
     Stages count from 0. GPipe holds all; 1F1B as many as there are stages from here to the end;

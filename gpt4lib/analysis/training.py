@@ -41,8 +41,7 @@ def mfu(flop, n_devices, seconds, peak):
 def seconds(flop: float, n_devices: int, peak: float, utilisation: float) -> float:
     """Time to do `flop` useful FLOP at a model FLOPs utilisation in (0, 1]."""
     if not 0 < utilisation <= 1:
-        raise ValueError(f"utilisation={utilisation!r} is not accepted; "
-                         f"give a fraction above 0 and up to 1")
+        raise ValueError(f"utilisation={utilisation!r} is not accepted; give a fraction above 0 and up to 1")
     return flop / (n_devices * peak * utilisation)
 
 

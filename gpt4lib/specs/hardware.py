@@ -9,8 +9,7 @@ from typing import Any, Mapping
 
 from gpt4lib.specs import registry
 
-DTYPE_BYTES = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "int8": 1,
-               "fp4": 0.5, "int4": 0.5}
+DTYPE_BYTES = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "int8": 1, "fp4": 0.5, "int4": 0.5}
 
 
 def dtype_bytes(dtype: str) -> float:
@@ -21,10 +20,8 @@ def dtype_bytes(dtype: str) -> float:
 
 
 def _positive(owner: str, name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (
-            math.isfinite(value) and value > 0):
-        raise ValueError(f"{owner}: {name}={value!r} is not accepted; "
-                         f"give a positive finite number")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{owner}: {name}={value!r} is not accepted; give a positive finite number")
 
 
 @dataclass(frozen=True)
@@ -80,8 +77,7 @@ class ClusterSpec:
         for name in ("n_devices", "devices_per_node"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
-                raise ValueError(f"{self.name}: {name}={value!r} is not accepted; "
-                                 f"give an integer >= 1")
+                raise ValueError(f"{self.name}: {name}={value!r} is not accepted; give an integer >= 1")
         _positive(self.name, "inter_node_bandwidth", self.inter_node_bandwidth)
 
     @classmethod

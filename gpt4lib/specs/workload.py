@@ -44,14 +44,12 @@ class ParallelPlan:
             raise ValueError(f"zero_stage={self.zero_stage!r} is not accepted; give 0, 1, 2 or 3")
         for name, accepted in (("recompute", RECOMPUTE), ("schedule", SCHEDULES)):
             if getattr(self, name) not in accepted:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not known; "
-                                 f"accepted: {', '.join(accepted)}")
+                raise ValueError(f"{name}={getattr(self, name)!r} is not known; accepted: {', '.join(accepted)}")
         if self.n_chunks > 1 and (self.schedule == "gpipe" or self.pp == 1):
             raise ValueError(f"n_chunks={self.n_chunks} needs schedule='1f1b' and pp > 1; "
                              f"got {self.schedule!r} and pp={self.pp}")
         if type(self.sequence_parallel) is not bool:
-            raise ValueError(f"sequence_parallel={self.sequence_parallel!r} is not accepted; "
-                             f"give True or False")
+            raise ValueError(f"sequence_parallel={self.sequence_parallel!r} is not accepted; give True or False")
         if self.dp % self.ep:
             raise ValueError(f"dp={self.dp} is not divisible by ep={self.ep}; "
                              f"experts are spread over data-parallel ranks")
@@ -82,22 +80,18 @@ class ParallelPlan:
         split = {"n_heads": spec.n_heads, "d_ff": spec.d_ff if spec.n_dense_layers else 0,
                  "d_expert": spec.d_expert or 0, "d_shared": spec.d_shared}
         if "linear" in spec.layer_kinds:
-            split |= {"linear.n_key_heads": spec.linear.n_key_heads,
-                      "linear.n_value_heads": spec.linear.n_value_heads}
+            split |= {"linear.n_key_heads": spec.linear.n_key_heads, "linear.n_value_heads": spec.linear.n_value_heads}
         for name, value in split.items():
             if value % self.tp:
-                raise ValueError(f"{name}={value} is not divisible by tp={self.tp}; "
-                                 f"choose a tp that divides it")
+                raise ValueError(f"{name}={value} is not divisible by tp={self.tp}; choose a tp that divides it")
         if spec.latent is None and spec.n_kv_heads % self.tp and self.tp % spec.n_kv_heads:
             raise ValueError(f"n_kv_heads={spec.n_kv_heads} neither divides nor is divided by "
                              f"tp={self.tp}; key/value heads are split or copied evenly")
         if self.pp * self.n_chunks > spec.n_layers:
             chunks = f" x n_chunks={self.n_chunks}" if self.n_chunks > 1 else ""
-            raise ValueError(f"pp={self.pp}{chunks} is more than n_layers={spec.n_layers}; "
-                             f"a stage needs a layer")
+            raise ValueError(f"pp={self.pp}{chunks} is more than n_layers={spec.n_layers}; a stage needs a layer")
         if self.ep > 1 and (not spec.is_moe or spec.n_experts % self.ep):
-            raise ValueError(f"n_experts={spec.n_experts} is not divisible by ep={self.ep}; "
-                             f"choose an ep that divides it")
+            raise ValueError(f"n_experts={spec.n_experts} is not divisible by ep={self.ep}; choose an ep that divides it")
 
     def layers_per_chunk(self, n_layers: int) -> tuple[int, ...]:
         """Layers of each of the pp * n_chunks slices of the model, in its order, as even as they get; the
