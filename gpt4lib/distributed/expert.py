@@ -41,13 +41,15 @@ class ParallelExperts(Experts):
         counts = ends.diff(prepend=ends.new_zeros(1)).long()
         theirs = torch.empty_like(counts)
         dist.all_to_all_single(theirs, counts, group=self.group)
-        send, receive = (c.view(ep, mine).sum(1).tolist() for c in (counts, theirs))
+        send, receive = (c.view(ep, mine).sum(1).tolist()
+                         for c in (counts, theirs))
         kept = order[:sum(send)]
         x = x[kept // chosen.shape[1]]
         rows = _AllToAll.apply(x, send, receive, self.group)
         local = torch.arange(mine, device=x.device).repeat(ep)
         local = local.repeat_interleave(theirs)[:, None]
-        slots = experts(rows, local, self.w_in, self.w_out, self.in_bias, self.out_bias, activation=self.activation)
+        slots = experts(rows, local, self.w_in, self.w_out, self.in_bias,
+                        self.out_bias, activation=self.activation)
         back = _AllToAll.apply(slots, receive, send, self.group)
         out = back.new_zeros(chosen.numel(), x.shape[1])
         return out.index_copy(0, kept, back)

@@ -80,13 +80,15 @@ class Mixture:
         joined = b"".join(self.sources[name][which] + END for name, which in self.order[first:last + 1])
         return joined[start - begin:stop - begin]
 
-    def rows(self, start: int, n: int, rank: int = 0, world_size: int = 1) -> Tensor:
+    def rows(self, start: int, n: int,
+             rank: int = 0, world_size: int = 1) -> Tensor:
         """This rank's share of `n` windows from number `start` on.
 
         int64 [about n / world_size, length + 1]; fewer at the end.
         """
         mine = range(start, min(start + n, len(self)))[rank::world_size]
-        texts = [self._between(w * self.length, (w + 1) * self.length + 1) for w in mine]
+        texts = [self._between(w * self.length, (w + 1) * self.length + 1)
+                 for w in mine]
         rows = bytearray(b"".join(texts) + END)     # frombuffer wants a byte
         tokens = torch.frombuffer(rows, dtype=torch.uint8)[:-1]
         return tokens.view(-1, self.length + 1).long()
