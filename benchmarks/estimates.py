@@ -105,8 +105,8 @@ def errors() -> dict:
         result = pricer.price(row)
         if not result.unpriced and result.group == "step_time" and not v.apart(result) and not row["n_experts"]:
             it = v.case(row)
-            plan = v.choose(pricer.estimator(it), it.plans).plan
-            step = v.choose(pricer.estimator(it), it.plans).step_seconds
+            found = v.choose(pricer.estimator(it), it.plans)
+            plan, step = found.plan, found.step_seconds
             ratio = result.measured / result.predicted
             measured = step * ratio if row["quantity"] == "iteration_seconds" else step / ratio
             cases.append((result, it, plan, step, measured))
@@ -125,7 +125,7 @@ def errors() -> dict:
                 found = priced_by_them(it.spec, it.cluster.device, it.cluster.inter_node_bandwidth, it.seq_len, plan,
                                        plan.n_micro_batches, plan.recompute, efficiency)
                 out.append(found["latency_per_iter"])
-            except Exception:                                            # what it refuses or crashes on is not priced
+            except (AssertionError, UnboundLocalError):                  # what it refuses or crashes on is not priced
                 out.append(None)
         return out
 
@@ -134,7 +134,9 @@ def errors() -> dict:
 
     tried = {e: them(e) for e in (0.3, 0.4, 0.5, 0.6, 0.7)}
     best = min(tried, key=lambda e: fit_loss(tried[e]))
-    told = {"gpt4lib": [step for *_, step, _ in cases], f"{PEER}, default": them(None), f"{PEER}, best constant {best}": tried[best]}
+    ours = [step for *_, step, _ in cases]
+    told = {"gpt4lib": ours, "gpt4lib, rows the peer prices": [step if p else None for step, p in zip(ours, tried[best])],
+            f"{PEER}, default": them(None), f"{PEER}, best constant {best}": tried[best]}
     held = sum(not r.fitted for r, *_ in cases)
     return {name: {"rows": held, "priced": sum(1 for (r, *_), p in zip(cases, seconds) if p and not r.fitted),
                    "average_of_sources_median_error": statistics.mean(by_source(seconds).values()), "by_source": by_source(seconds)}

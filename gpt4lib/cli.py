@@ -46,16 +46,16 @@ def params(args: argparse.Namespace) -> tuple[Any, str]:
 
 def _plan(args: argparse.Namespace, **more: int) -> Any:
     from gpt4lib.specs.workload import ParallelPlan
-    return ParallelPlan(tp=args.tp or 1, pp=args.pp or 1, ep=args.ep or 1, cp=args.cp or 1, zero_stage=args.zero or 0,
-                        micro_batch=args.micro_batch or 1, recompute=args.recompute or "none",
-                        sequence_parallel=args.sequence_parallel, n_chunks=args.chunks or 1, **more)
+    given = {"tp": args.tp, "pp": args.pp, "ep": args.ep, "cp": args.cp, "zero_stage": args.zero, "micro_batch": args.micro_batch,
+             "recompute": args.recompute, "n_chunks": args.chunks}
+    return ParallelPlan(sequence_parallel=args.sequence_parallel, **more, **{k: v for k, v in given.items() if v is not None})
 
 
-def _counted(args: argparse.Namespace, *names: str) -> None:
+def _counted(args: argparse.Namespace, *names: str, least: float = 1) -> None:
     for name in names:
         value = getattr(args, name)
-        if value is not None and not value >= 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value} is not accepted; give a number >= 1")
+        if value is not None and not least <= value < float("inf"):
+            raise ValueError(f"--{name.replace('_', '-')} {value} is not accepted; give a number >= {least}")
 
 
 def _estimator(args: argparse.Namespace, spec: ModelSpec) -> Any:
@@ -77,13 +77,14 @@ def memory(args: argparse.Namespace) -> tuple[Any, str]:
     """Bytes on the fullest device, training or (--kv) serving."""
     from gpt4lib.analysis import memory as m
     _counted(args, "context", "batch", "dp", "n_micro_batches")
-    spec = ModelSpec.load(args.model)
-    estimator, plan = _estimator(args, spec), _plan(args, dp=args.dp, n_micro_batches=args.n_micro_batches)
-    use = (m.serving(spec, plan, args.batch, estimator.seq_len, args.dtype, args.kv_dtype) if args.kv
-           else estimator.estimate(plan).memory)
-    data, text = _bytes(use, estimator.cluster.device)
-    what = f"serving {args.batch} x {estimator.seq_len} tokens" if args.kv else f"training on {estimator.seq_len} tokens a sequence"
-    return ({"bytes_per_device": data, "fits": use.fits(estimator.cluster.device)},
+    from gpt4lib.specs.hardware import DeviceSpec
+    spec, device = ModelSpec.load(args.model), DeviceSpec.preset(args.device)
+    plan, context = _plan(args, dp=args.dp, n_micro_batches=args.n_micro_batches), args.context or spec.context
+    use = (m.serving(spec, plan, args.batch, context, args.dtype, args.kv_dtype) if args.kv
+           else _estimator(args, spec).estimate(plan).memory)
+    data, text = _bytes(use, device)
+    what = f"serving {args.batch} x {context} tokens" if args.kv else f"training on {context} tokens a sequence"
+    return ({"bytes_per_device": data, "fits": use.fits(device)},
             f"{spec.name}, {what}, {plan.n_devices} x {args.device}, the fullest one\n{text}")
 
 
@@ -92,13 +93,16 @@ def train(args: argparse.Namespace) -> tuple[Any, str]:
     from dataclasses import asdict
     from gpt4lib.analysis import cost, planner
     _counted(args, "context", "batch", "gpus", "tokens")
+    _counted(args, "price", "mtbf", "checkpoint_seconds", "restart_seconds", least=1e-9)
     estimator = _estimator(args, ModelSpec.load(args.model))
-    batch = args.batch or max(round(4e6 / estimator.seq_len), 1)
-    if args.tp or args.pp or args.ep or args.cp or args.zero or args.micro_batch or args.recompute:
-        bare = _plan(args)
-        dp = args.gpus // bare.n_devices
+    near = max(round(4e6 / estimator.seq_len), 1)
+    batch = args.batch or (near - near % args.gpus if near > args.gpus else near)
+    laid_out = (args.tp, args.pp, args.ep, args.cp, args.zero, args.micro_batch, args.recompute, args.chunks)
+    if args.sequence_parallel or any(given is not None for given in laid_out):
+        bare = _plan(args, dp=max(args.ep or 1, 1))
+        dp = args.gpus // (bare.tp * bare.pp * bare.cp) // bare.ep * bare.ep
         if not dp:
-            raise ValueError(f"tp x pp x cp needs {bare.n_devices} devices, --gpus is {args.gpus}; lower one of the degrees")
+            raise ValueError(f"the layout needs {bare.n_devices} devices, --gpus is {args.gpus}; lower one of the degrees")
         plan = _plan(args, dp=dp, n_micro_batches=max(round(batch / (dp * bare.micro_batch)), 1))
         found = estimator.estimate(plan)
     else:
@@ -144,10 +148,8 @@ def plan(args: argparse.Namespace) -> tuple[Any, str]:
 def validate(args: argparse.Namespace) -> tuple[Any, str]:
     """Predictions beside published measurements."""
     from gpt4lib.analysis import validation as v
-    rows = v.read(args.file)
-    results, pricer = [], v.Pricer()
-    for row in rows:
-        results.append(pricer.price(row))
+    rows, pricer = v.read(args.file), v.Pricer()
+    results = [pricer.price(row) for row in rows]
     args.problems = [row["problem"] for row in rows if row["problem"]]
     groups = {group: [r for r in results if r.group == group] for group in ("step_time", "peak_memory_bytes")}
     parts = {"all": results, "held out": [r for r in results if not r.fitted], "fitted": [r for r in results if r.fitted]}
@@ -156,7 +158,7 @@ def validate(args: argparse.Namespace) -> tuple[Any, str]:
     well, badly = [r for r in results if not v.apart(r)], [r for r in results if v.apart(r)]
     data = {"overall": v.summary(well), "below_5_percent_mfu": v.summary(badly), "by_source": v.by_source(results),
             "by_quantity": {q: v.summary(r for r in well if r.quantity == q) for q in dict.fromkeys(r.quantity for r in results)},
-            "average_of_sources": told,
+            "average_of_sources": told, "ran_but_predicted_not_to_fit": sum(r.fits is False for r in results),
             "rows": [{"id": r.id, "quantity": r.quantity, "measured": r.measured, **(
                 {"unpriced": r.unpriced} if r.unpriced else
                 {"predicted": r.predicted, "error": r.error, "bound_by": r.bound_by, "fitted": r.fitted})} for r in results]}
@@ -168,6 +170,7 @@ def validate(args: argparse.Namespace) -> tuple[Any, str]:
     table += [line(f"average of sources: {name}", s) for name, s in told.items()] + [line("every row", data["overall"])]
     table += [line("every row below 5 % MFU", data["below_5_percent_mfu"])] if badly else []
     text = fmt.table(table, ("source", "n", "priced", "median", "mean", "p90", "bias"), right=(1, 2, 3, 4, 5, 6))
+    text += f"\n\n{data['ran_but_predicted_not_to_fit']} of {len(results)} rows ran although they are predicted not to fit"
     unpriced = [f"{r.id}: {r.unpriced}" for r in results if r.unpriced]
     return data, text + ("\n\nnot priced\n" + "\n".join(unpriced) if unpriced else "")
 
@@ -224,7 +227,7 @@ def build() -> Parser:
     laid_out(sub)
     sub.add_argument("--gpus", type=int, required=True, help="devices")
     sub.add_argument("--tokens", type=float, required=True, help="tokens to train on, e.g. 13e12")
-    sub.add_argument("--batch", type=int, help="sequences a step (default: 4 million tokens)")
+    sub.add_argument("--batch", type=int, help="sequences a step (default: about 4 million tokens)")
     sub.add_argument("--price", type=float, default=1.0, help="dollars a device-hour (default: 1)")
     sub.add_argument("--mtbf", type=float, help="device-hours between failures (default: none fails)")
     sub.add_argument("--checkpoint-seconds", type=float, default=60, help="a checkpoint holds the run up for (default: 60)")

@@ -45,6 +45,18 @@ def test_train_json_has_the_stable_keys(flags):
     assert data["plan"]["tp"] == 2 or not flags
 
 
+@pytest.mark.parametrize("flag", [("--zero", "0"), ("--chunks", "2", "--pp", "2"), ("--sequence-parallel",)])
+def test_any_layout_flag_gives_the_layout(flag):
+    """Also one that says what would be the default: then nothing is searched."""
+    plan = json.loads(run("train", *LLAMA, "--tokens", "1e9", *flag, "--json").stdout)["plan"]
+    assert plan["zero_stage"] == 0 and plan["tp"] == 1 and plan["dp"] * plan["pp"] == 64
+
+
+def test_serving_memory_needs_no_training_units():
+    data = json.loads(run("memory", "llama-3.1-8b", "--kv", "--dtype", "int4", "--device", "tpu-v4", "--json").stdout)
+    assert data["fits"] and data["bytes_per_device"]["weights"] < 5e9
+
+
 def test_plan_json_ranks_and_says_why():
     data = json.loads(run("plan", *LLAMA, "--batch", "512", "--top", "3", "--json").stdout)
     rates = [e["tokens_per_second"] for e in data["best"]]
@@ -112,13 +124,17 @@ def test_tables_say_where_numbers_come_from():
     (["memory", "gpt-4", "--device", "a1000"], "device 'a1000' is not a preset; accepted: v100-32gb"),
     (["memory", "gpt-4", "--tp", "5"], "n_heads=168 is not divisible by tp=5"),
     (["memory", "gpt-4", "--tp", "two"], "invalid int value: 'two'"),
-    (["memory", "gpt-4", "--dtype", "fp13"], "dtype 'fp13' is not known; accepted: fp32"),
+    (["memory", "gpt-4", "--dtype", "fp13"], "dtype 'fp13' is not accepted for training; give bf16"),
     (["memory", "gpt-4", "--kv", "--batch", "0"], "--batch 0 is not accepted"),
     (["memory", "gpt-4", "--context", "-1"], "--context -1 is not accepted"),
     (["train", "gpt-4", "--tokens", "1e9"], "the following arguments are required: --gpus"),
     (["train", "gpt-4", "--gpus", "8", "--tokens", "0"], "--tokens 0"),
     (["train", "gpt-4", "--gpus", "64", "--tokens", "1e9"], "no layout fits: the least, tp"),
     (["train", "gpt-4", "--gpus", "4", "--tokens", "1e9", "--tp", "8"], "needs 8 devices, --gpus is 4"),
+    (["memory", "gpt-4", "--tp", "0"], "tp=0 is not accepted"), (["memory", "gpt-4", "--micro-batch", "0"], "micro_batch=0"),
+    (["train", *LLAMA, "--tokens", "1e9", "--mtbf", "0"], "--mtbf 0.0 is not accepted"),
+    (["train", *LLAMA, "--tokens", "1e9", "--mtbf", "0.001"], "leaves no time to restart"),
+    (["train", *LLAMA, "--tokens", "1e9", "--price", "-3"], "--price -3.0"), (["train", *LLAMA, "--tokens", "inf"], "--tokens inf"),
     (["plan", "gpt-4", "--gpus", "0", "--batch", "8"], "--gpus 0 is not accepted"),
     (["plan", "llama-3.1-8b", "--device", "tpu-v4", "--gpus", "8", "--batch", "8"], "no cluster of tpu-v4 is known"),
     (["validate", "/nowhere.csv"], "/nowhere.csv cannot be read"),

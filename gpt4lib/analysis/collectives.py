@@ -136,8 +136,7 @@ def _expert_terms(spec, plan, seq_len, stage, act_bytes, balance_bytes) -> Itera
 def _replica_terms(spec, plan, stage, weight_bytes, gradient_bytes) -> Iterator[Term]:
     count = stage_parameters(spec, plan, stage)
     apart = count["experts"] * (plan.ep > 1)
-    for what, held, n in (("experts", apart, plan.dp // plan.ep),
-                          ("weights", sum(count.values()) - apart, plan.dp)):
+    for what, held, n in (("experts", apart, plan.dp // plan.ep), ("weights", sum(count.values()) - apart, plan.dp)):
         if plan.zero_stage == 3:
             shards, copies = plan.shard or n, n // (plan.shard or n)
             passes = plan.n_micro_batches * (2 if plan.pp == 1 else 1)
@@ -164,8 +163,10 @@ def training_step(spec: ModelSpec, plan: ParallelPlan, seq_len: int, stage: int 
     all-gather of the weights. Stage 3 gathers the weights for each pass of a micro-batch (once where
     a pipeline keeps them until its backward pass) and scatters the gradients once a step, which
     leaves them whole until then; it is exact where first dimensions divide by the shards. `balance`
-    adds the counts of the experts' balance loss.
+    adds the counts of the experts' balance loss. Context parallelism is not among what runs here, and refused.
     """
+    if plan.cp > 1:
+        raise ValueError(f"cp={plan.cp} is not counted here; give 1")
     stages = [_tensor_terms(spec, plan, seq_len, stage, act_bytes, gradient_bytes, loss_bytes),
               _pipeline_terms(spec, plan, seq_len, stage, act_bytes, gradient_bytes),
               _expert_terms(spec, plan, seq_len, stage, act_bytes, loss_bytes if balance else 0),

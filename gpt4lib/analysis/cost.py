@@ -47,12 +47,18 @@ def goodput(n_devices: int, device_hours_between_failures: float, checkpoint_sec
     of the optimum checkpoint interval for restart dumps", equations 13 and 20.
     """
     for name, value in (("n_devices", n_devices), ("device_hours_between_failures", device_hours_between_failures),
-                        ("checkpoint_seconds", checkpoint_seconds)):
-        if not value > 0:
+                        ("checkpoint_seconds", checkpoint_seconds), ("interval_seconds", interval_seconds or 1)):
+        if not 0 < value < math.inf:
             raise ValueError(f"{name}={value!r} is not accepted; give a positive number")
+    if not 0 <= restart_seconds < math.inf or interval_seconds == 0:
+        raise ValueError(f"restart_seconds={restart_seconds!r}, interval_seconds={interval_seconds!r} are not accepted; "
+                         f"give seconds, of which an interval has some")
     between, d = 3600 * device_hours_between_failures / n_devices, checkpoint_seconds
     if interval_seconds is None:
         interval_seconds = math.sqrt(2 * d * between) - d if d < between / 2 else between
+    if (restart_seconds + interval_seconds + d) / between > 50:
+        raise ValueError(f"a failure every {between:.3g} s leaves no time to restart and checkpoint; "
+                         f"device_hours_between_failures={device_hours_between_failures!r} is too low for {n_devices} devices")
     wall = between * math.exp(restart_seconds / between) * math.expm1((interval_seconds + d) / between)
     return Goodput(interval_seconds, interval_seconds / wall, 86_400 / between)
 
@@ -68,6 +74,8 @@ class Run(NamedTuple):
 def run(n_devices: int, step_seconds: float, tokens_per_step: float, tokens: float, dollars_per_device_hour: float,
         watts: float, useful: float = 1.0) -> Run:
     """A run over `tokens`, of whose wall time the share `useful` is goodput."""
+    if not 0 < useful <= 1:
+        raise ValueError(f"useful={useful!r} is not accepted; give a fraction above 0 and up to 1")
     total = tokens / tokens_per_step * step_seconds / useful
     hours = device_hours(n_devices, total)
     return Run(total, hours, hours * dollars_per_device_hour, joules(n_devices, total, watts))

@@ -37,8 +37,7 @@ def pairs(n_tokens, context, causal: bool, window: int | None = None):
     return growing * context + growing * (growing + 1) // 2 + (n_tokens - growing) * window
 
 
-def _attention(spec: ModelSpec, kind: str, n, context, causal: bool,
-               absorbed: bool) -> tuple[int, int]:
+def mixing(spec: ModelSpec, kind: str, n, context, causal: bool, absorbed: bool) -> tuple[int, int]:
     """(projections, scores) of one layer for one sequence."""
     d, h = spec.d_model, spec.n_heads
     if kind == "linear":
@@ -62,8 +61,7 @@ def _attention(spec: ModelSpec, kind: str, n, context, causal: bool,
     return 2 * (n * own + (n + context) * up), 2 * seen * (width + h * m.v_dim)
 
 
-def forward(spec: ModelSpec, batch, n_tokens, *, causal: bool, context=0,
-            absorbed: bool = False) -> FlopCount:
+def forward(spec: ModelSpec, batch, n_tokens, *, causal: bool, context=0, absorbed: bool = False) -> FlopCount:
     """FLOP of a forward pass over `batch` sequences of n_tokens new tokens after `context` cached.
 
     `causal` has no default: half the published figures count the full square of scores, half the
@@ -75,14 +73,14 @@ def forward(spec: ModelSpec, batch, n_tokens, *, causal: bool, context=0,
     """
     d, n, wide = spec.d_model, n_tokens, spec.d_embed or spec.d_model
     count = {kind: spec.layer_kinds.count(kind) for kind in set(spec.layer_kinds)}
-    mixing = {kind: _attention(spec, kind, n, context, causal, absorbed) for kind in count}
+    mixed = {kind: mixing(spec, kind, n, context, causal, absorbed) for kind in count}
     ups = 2 if spec.gated_ffn else 1
     block = 2 * n * (ups + 1) * d                      # times the width of a feed-forward block
     moe = spec.n_moe_layers
     by_part = {
         "embedding": 2 * n * wide * d * (wide != d),   # a look-up; OPT-350m projects it
-        "attention": sum(count[kind] * mixing[kind][0] for kind in mixing),
-        "scores": sum(count[kind] * mixing[kind][1] for kind in mixing),
+        "attention": sum(count[kind] * mixed[kind][0] for kind in mixed),
+        "scores": sum(count[kind] * mixed[kind][1] for kind in mixed),
         "ffn": spec.n_dense_layers * block * spec.d_ff,
         "experts": moe * spec.top_k * block * (spec.d_expert or 0),
         "shared_experts": moe * (block * spec.d_shared + 2 * n * d * spec.shared_gate),

@@ -16,14 +16,12 @@ def weights_read(spec: ModelSpec, batch):
     head. batch may be an array.
     """
     count = parameters(spec)
-    touched = (roofline.distinct_experts(spec.n_experts, spec.top_k, batch) / spec.n_experts
-               if spec.is_moe else 0)
+    touched = (roofline.distinct_experts(spec.n_experts, spec.top_k, batch) / spec.n_experts if spec.is_moe else 0)
     looked_up = count.by_part["positions"] + (0 if spec.tied else count.by_part["embedding"])
     return count.total - looked_up - (1 - touched) * count.by_part["experts"]
 
 
-def decode_bytes(spec: ModelSpec, batch, context, dtype: str = "bf16", kv_dtype: str = "bf16",
-                 tp: int = 1):
+def decode_bytes(spec: ModelSpec, batch, context, dtype: str = "bf16", kv_dtype: str = "bf16", tp: int = 1):
     """Bytes one step of `batch` sequences reads on one of tp ranks.
 
     Its share of the weights, and its KV cache once, at the context it has now; the states of linear

@@ -154,8 +154,7 @@ def optimizer_bytes(count: dict[str, int], plan: ParallelPlan, dtype: str = "bf1
     return _held(count, plan, ADAM_BYTES - 4 + master, 1)
 
 
-def state(count: dict[str, int], plan: ParallelPlan, dtype: str,
-          gradient_dtype: str) -> dict[str, float]:
+def state(count: dict[str, int], plan: ParallelPlan, dtype: str, gradient_dtype: str) -> dict[str, float]:
     """Bytes of weights, gradients and optimizer for these parameters."""
     return {"weights": _held(count, plan, dtype_bytes(dtype), 3),
             "gradients": _held(count, plan, dtype_bytes(gradient_dtype), 2),
@@ -233,14 +232,14 @@ def training(spec: ModelSpec, plan: ParallelPlan, seq_len: int, dtype: str = "bf
     """What the fullest device holds while training: state, and activations in flight.
 
     How many micro-batches are in flight on a stage, `pipeline.in_flight` says; the chunks of an
-    interleaved stage count as alike. Logits, buffers and the framework's own share are left out.
+    interleaved stage count as alike. This is what the running half was seen to hold, scores of unfused attention among it;
+    logits, buffers and the framework's own share are left out. `Estimator` predicts the peak with them.
     """
     plan.check(spec)
     uses = []
     for stage in distinct_stages(spec, plan):
         part = state(stage_parameters(spec, plan, stage), plan, dtype, gradient_dtype)
-        kept = sum(layer_activation_bytes(spec, plan, seq_len, layer)
-                   for layer in plan.layers_of(spec.n_layers, stage))
+        kept = sum(layer_activation_bytes(spec, plan, seq_len, layer) for layer in plan.layers_of(spec.n_layers, stage))
         held = in_flight(plan.pp, plan.n_micro_batches, stage, plan.n_chunks, plan.schedule)
         uses.append(MemoryUse({**part, "activations": held * kept / plan.n_chunks}))
     return max(uses, key=lambda use: use.total)

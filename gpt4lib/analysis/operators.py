@@ -44,6 +44,8 @@ def products(spec: ModelSpec, kind: str, moe: bool, tp: int = 1, ep: int = 1) ->
         yield Product(1, d, spec.n_experts)
         yield Product(spec.top_k, d, ups * spec.d_expert / tp, spec.n_experts / ep)
         yield Product(spec.top_k, spec.d_expert / tp, d, spec.n_experts / ep)
+        if spec.shared_gate:
+            yield Product(1, d, 1)
     width = (spec.d_shared if moe else spec.d_ff) / tp
     if width:
         yield Product(1, d, ups * width)
@@ -78,7 +80,7 @@ def layer(spec: ModelSpec, kind: str, moe: bool, plan: ParallelPlan, seq_len: in
     whole = 10 * d / (tp if plan.sequence_parallel else 1) + (4 * spec.top_k * d if moe else 0)
     rotated = 2 * (spec.q_width / tp + max(spec.n_kv_heads / tp, 1) * spec.head_dim) if spec.positions == "rotary" else 0
     causal = fused or kind != "full"
-    score_flop = plan.micro_batch * flops._attention(spec, kind, seq_len, 0, causal, False)[1] / plan.cp / tp
+    score_flop = plan.micro_batch * flops.mixing(spec, kind, seq_len, 0, causal, False)[1] / plan.cp / tp
     pairs = flops.pairs(seq_len, 0, causal, spec.window if kind == "window" else None)
     return Work(
         flop=sum(2 * tokens * p.uses * p.n_in * p.n_out for p in matrices), score_flop=score_flop,

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from gpt4lib.specs.model import LinearAttention, LatentAttention, ModelSpec
 
-PARTS = ("embedding", "positions", "attention", "ffn", "experts", "shared_experts", "router",
-         "norms", "head")
+PARTS = ("embedding", "positions", "attention", "ffn", "experts", "shared_experts", "router", "norms", "head")
 
 
 def linear(n_in: int, n_out: int, bias: bool = False) -> int:
@@ -95,8 +94,7 @@ def parameters(spec: ModelSpec) -> ParameterCount:
         mixing += n_linear * linear_attention(spec, spec.linear)
 
     expert = feed_forward(spec, spec.d_expert, spec.expert_bias) if spec.is_moe else 0
-    shared = (feed_forward(spec, spec.d_shared, spec.ffn_bias) if spec.d_shared else 0) + (
-        d if spec.shared_gate else 0)
+    shared = (feed_forward(spec, spec.d_shared, spec.ffn_bias) if spec.d_shared else 0) + (d if spec.shared_gate else 0)
     n_moe = spec.n_moe_layers
     width = spec.d_embed or d
     by_part = {

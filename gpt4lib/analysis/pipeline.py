@@ -9,7 +9,7 @@ from __future__ import annotations
 from gpt4lib.analysis.elementwise import least
 
 
-def _lost(n_stages, n_micro_batches, n_chunks):
+def lost(n_stages, n_micro_batches, n_chunks):
     """Turns of one chunk, forward and backward, that a stage stands still in a step.
 
     p - 1 to fill and drain; with fewer micro-batches than stages each further chunk waits p - m
@@ -20,22 +20,21 @@ def _lost(n_stages, n_micro_batches, n_chunks):
 
 def idle_slots(n_stages, n_micro_batches, n_chunks=1, forward=1, backward=2):
     """Slots each stage stands still in a step, where a chunk takes `forward` and `backward` slots."""
-    return _lost(n_stages, n_micro_batches, n_chunks) * (forward + backward)
+    return lost(n_stages, n_micro_batches, n_chunks) * (forward + backward)
 
 
 def bubble_overhead(n_stages, n_micro_batches, n_chunks=1):
     """Idle time over useful time of a step: (p - 1) / (v m) when m >= p. May exceed one."""
-    return _lost(n_stages, n_micro_batches, n_chunks) / (n_chunks * n_micro_batches)
+    return lost(n_stages, n_micro_batches, n_chunks) / (n_chunks * n_micro_batches)
 
 
 def bubble_fraction(n_stages, n_micro_batches, n_chunks=1):
     """Share of a step in which a stage idles: (p - 1) / (v m + p - 1) when m >= p, below one."""
-    idle = _lost(n_stages, n_micro_batches, n_chunks)
+    idle = lost(n_stages, n_micro_batches, n_chunks)
     return idle / (n_chunks * n_micro_batches + idle)
 
 
-def in_flight(n_stages: int, n_micro_batches: int, stage: int, n_chunks: int = 1,
-              schedule: str = "1f1b") -> int:
+def in_flight(n_stages: int, n_micro_batches: int, stage: int, n_chunks: int = 1, schedule: str = "1f1b") -> int:
     """Forwards whose activations a stage holds at most, each of one micro-batch and one chunk.
 
     Stages count from 0. GPipe holds all; 1F1B as many as there are stages from here to the end;

@@ -12,11 +12,21 @@ from gpt4lib.specs.model import ModelSpec
 from gpt4lib.specs.workload import RECOMPUTE, ParallelPlan
 
 
+NEAR = 0.02              # how far from the batch that was asked for a plan may be
+
+
+def replicas(most: int, ep: int, micro: int, global_batch: int) -> int:
+    """The largest dp up to `most`, in whole groups of ep, whose whole micro-batches come near the batch; 0 if none above half."""
+    for dp in range(most - most % ep, max(most // 2, ep - 1), -ep):
+        if abs(max(round(global_batch / (dp * micro)), 1) * dp * micro - global_batch) <= NEAR * global_batch:
+            return dp
+    return 0
+
+
 def layouts(spec: ModelSpec, n_devices: int, devices_per_node: int, global_batch: int) -> Iterator[ParallelPlan]:
     """Plans worth pricing. tp: powers of two up to two nodes; pp: divisors of the layers, and powers of two;
-    dp: as many replicas as the devices allow; ep: powers of two that divide the experts and dp; any ZeRO stage and
-    recomputation; micro-batches of 1, 2 and 4; one or two chunks a stage. A step holds as close to
-    `global_batch` sequences as whole micro-batches allow.
+    dp: as many replicas as the devices allow and the batch divides into, to two per cent; ep: powers of two that divide the
+    experts and dp; any ZeRO stage and recomputation; micro-batches of 1, 2 and 4; one or two chunks a stage.
     """
     if global_batch < 1 or n_devices < 1:
         raise ValueError(f"n_devices={n_devices}, global_batch={global_batch} are not accepted; give integers >= 1")
@@ -24,17 +34,15 @@ def layouts(spec: ModelSpec, n_devices: int, devices_per_node: int, global_batch
     stages = sorted({p for p in range(1, spec.n_layers + 1) if spec.n_layers % p == 0} | {p for p in powers if p <= spec.n_layers})
     for tp in (t for t in powers if t <= 2 * devices_per_node):
         for pp in stages:
-            replicas = min(n_devices // (tp * pp), global_batch)
-            for ep in powers if spec.is_moe and replicas else [1] if replicas else []:
-                dp = replicas - replicas % ep
-                if not dp:
-                    break
+            most = min(n_devices // (tp * pp), global_batch)
+            for ep in (e for e in (powers if spec.is_moe else [1]) if e <= most):
                 try:
-                    ParallelPlan(tp=tp, pp=pp, dp=dp, ep=ep).check(spec)
+                    ParallelPlan(tp=tp, pp=pp, dp=ep, ep=ep).check(spec)
                 except ValueError:
                     continue
-                for micro in (b for b in (1, 2, 4) if b * dp <= global_batch):
-                    for chunks in (c for c in (1, 2) if c == 1 or pp > 1 and c * pp <= spec.n_layers):
+                for micro in (1, 2, 4):
+                    dp = replicas(most, ep, micro, global_batch)
+                    for chunks in (c for c in (1, 2) if dp and (c == 1 or pp > 1 and c * pp <= spec.n_layers)):
                         for zero in (0, 1, 2, 3) if dp > 1 else (0,):
                             for recompute in RECOMPUTE:
                                 yield ParallelPlan(tp=tp, pp=pp, dp=dp, ep=ep, zero_stage=zero, micro_batch=micro, n_chunks=chunks,
@@ -45,7 +53,8 @@ def layouts(spec: ModelSpec, n_devices: int, devices_per_node: int, global_batch
 def name(plan: ParallelPlan) -> str:
     """A plan in one line."""
     return (f"tp {plan.tp} pp {plan.pp}" + (f"x{plan.n_chunks}" if plan.n_chunks > 1 else "") + f" dp {plan.dp}"
-            + (f" ep {plan.ep}" if plan.ep > 1 else "") + f" zero {plan.zero_stage} micro {plan.micro_batch}x{plan.n_micro_batches}"
+            + (f" cp {plan.cp}" if plan.cp > 1 else "") + (f" ep {plan.ep}" if plan.ep > 1 else "")
+            + (f" shard {plan.shard}" if plan.shard else "") + f" zero {plan.zero_stage} micro {plan.micro_batch}x{plan.n_micro_batches}"
             + ("" if plan.recompute == "none" else f" recompute {plan.recompute}"))
 
 
@@ -73,12 +82,13 @@ class Search:
         best = self.best
         if estimate is best:
             return "the fastest that fits"
-        per = lambda e, term: e.by_term[term] / e.plan.global_batch * e.plan.n_devices         # noqa: E731
+        per = lambda e, term: e.by_term[term] / e.plan.global_batch                            # noqa: E731
         gap = {term: per(estimate, term) - per(best, term) for term in estimate.by_term}
         worst = max(gap, key=gap.get)
         slower = rate(best, 1) / rate(estimate, 1) - 1
-        return (f"{fmt.percent(slower)} slower: {worst} takes {fmt.percent(estimate.by_term[worst] / estimate.step_seconds)} of its "
-                f"step, {fmt.percent(best.by_term[worst] / best.step_seconds)} of the best one's")
+        idle = best.plan.n_devices - estimate.plan.n_devices
+        return (f"{fmt.percent(slower)} slower" + (f", {idle} devices fewer" if idle > 0 else "")
+                + f": {worst} takes {fmt.seconds(per(estimate, worst))} a sequence, {fmt.seconds(per(best, worst))} in the best")
 
 
 def rate(estimate: Estimate, seq_len: int) -> float:

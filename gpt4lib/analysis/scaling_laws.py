@@ -1,8 +1,8 @@
 """Loss from parameters, tokens and experts, as published: each law holds inside the range it was fitted on.
 
-Dense: Hoffmann et al. 2022, arXiv:2203.15556, equation 10. The constants are those the paper prints. They ask for some
-90 tokens a parameter at Chinchilla's budget, where its two other methods, and Chinchilla itself, have 20;
-Besiroglu et al. 2024, arXiv:2404.10102, refit the data and find about 20 by this method too.
+Dense: Hoffmann et al. 2022, arXiv:2203.15556, equation 10. The constants that the paper prints ask for some 90 tokens a
+parameter at Chinchilla's budget, where its two other methods, and Chinchilla itself, have 20; with four digits they ask
+for some 60, and Besiroglu et al. 2024, arXiv:2404.10102, who refit part of the data, find about 20 by this method too.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ class Dense(NamedTuple):
 
 
 CHINCHILLA = Dense(1.69, 406.4, 410.7, 0.34, 0.28)                  # as printed
+UNROUNDED = Dense(1.6934, 406.4, 410.7, 0.3392, 0.2849)             # as Pearce and Song 2024, arXiv:2406.12907, compute with
 REFIT = Dense(1.8172, 482.01, 2085.43, 0.3478, 0.3658)              # Besiroglu et al. 2024, table 1
 
 

@@ -10,8 +10,7 @@ def expected_tokens(acceptance, n_draft: int):
     special case; `acceptance` may be an array. ValueError for a number that is no probability.
     """
     if isinstance(acceptance, (int, float)) and not 0 <= acceptance <= 1:
-        raise ValueError(f"acceptance={acceptance!r} is not accepted; "
-                         f"give a probability between 0 and 1")
+        raise ValueError(f"acceptance={acceptance!r} is not accepted; give a probability between 0 and 1")
     return sum(acceptance ** i for i in range(n_draft + 1))
 
 

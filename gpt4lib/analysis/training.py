@@ -83,10 +83,10 @@ class Estimate:
         step, used = self.step_seconds, self.memory.total
         rows = [(term, fmt.seconds(t), fmt.percent(t / step), TERMS[term]) for term, t in self.by_term.items() if t]
         median, p90 = eff.error("step")
-        text = (f"{fmt.seconds(step)} a step, MFU {fmt.percent(self.mfu)}; on measurements not used for fitting the median "
-                f"error is {fmt.percent(median, 0)}, nine in ten are within {fmt.percent(p90, 0)}\n"
+        text = (f"{fmt.seconds(step)} a step, MFU {fmt.percent(self.mfu)}; of measured runs not used for fitting, above 5 % MFU, "
+                f"half are within {fmt.percent(median, 0)}, nine in ten within {fmt.percent(p90, 0)}\n"
                 + fmt.table(rows, ("term", "time", "share", "formula"), right=(1, 2)))
         parts = [(part.replace("_", " "), fmt.bytes_si(n), fmt.percent(n / used)) for part, n in self.memory.by_part.items() if n]
         median, p90 = eff.error("memory")
-        return (f"{text}\n\n{fmt.bytes_si(used)} on the fullest device; median error {fmt.percent(median, 0)}, nine in ten "
+        return (f"{text}\n\n{fmt.bytes_si(used)} on the fullest device; half are within {fmt.percent(median, 0)}, nine in ten "
                 f"within {fmt.percent(p90, 0)}\n" + fmt.table(parts, ("part", "bytes", "share"), right=(1, 2)))

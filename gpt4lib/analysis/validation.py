@@ -1,13 +1,15 @@
 """Predictions beside published measurements, row by row: how wrong the estimates are, and where.
 
 A row is one measured figure of one run, in the columns below; what a paper leaves out stays empty, and `case` says what
-is assumed in its place. No row is treated by name, and no measured utilisation is an input.
+is assumed in its place. No row, source or system is treated by name. Measured values enter twice, and never a prediction: to
+set apart runs below 5 % MFU, and as what predictions are compared with.
 """
 
 from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import re
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -25,6 +27,7 @@ from gpt4lib.specs.workload import RECOMPUTE, ParallelPlan
 NUMBERS = ("n_layers", "d_model", "n_heads", "n_kv_heads", "vocab_size", "seq_len", "n_experts", "top_k", "n_devices",
            "devices_per_node", "tp", "pp", "dp", "ep", "cp", "micro_batch", "global_batch")
 WORDS = ("d_ff", "gated_ffn", "device", "dtype", "recompute", "zero_stage", "quantity")
+LARGEST = {"n_layers": 10_000, "pp": 10_000}
 COLUMNS = (*NUMBERS, *WORDS, "value")
 QUANTITIES = ("iteration_seconds", "tokens_per_second_per_device", "model_tflops_per_device",
               "hardware_tflops_per_device", "peak_memory_bytes")
@@ -60,6 +63,7 @@ class Result:
     fitted: bool = False             # of the half that the constants were fitted to
     predicted: float | None = None
     bound_by: str = ""
+    fits: bool | None = None         # whether the run, which took place, is predicted to fit its device
     mfu: float | None = None         # as measured, causal attention; None for memory
     unpriced: str = ""
 
@@ -67,6 +71,11 @@ class Result:
     def error(self) -> float | None:
         """Predicted over measured, minus one."""
         return None if self.predicted is None else self.predicted / self.measured - 1
+
+    @property
+    def document(self) -> str:
+        """Where the source stands: tables of one document, told apart in brackets, are not independent."""
+        return self.source.split(" (")[0]
 
     @property
     def group(self) -> str:
@@ -79,11 +88,18 @@ def read(path: str | Path) -> list[dict[str, Any]]:
     ValueError, one line, naming the file if it cannot be read and the column if one is missing.
     """
     try:
-        text = Path(path).read_text("utf8")
+        text = Path(path).read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'}); "
                          f"give a CSV file") from None
-    reader = csv.DictReader(text.splitlines(keepends=True))
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    try:
+        return _rows(path, reader)
+    except csv.Error as error:
+        raise ValueError(f"{path} line {reader.line_num}: {error}; give a CSV file") from None
+
+
+def _rows(path: str | Path, reader: csv.DictReader) -> list[dict[str, Any]]:
     missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
     if missing:
         raise ValueError(f"{path} line 1: no column {', '.join(missing)}; needed are {', '.join(COLUMNS)}")
@@ -114,11 +130,11 @@ def _number(path, line: int, name: str, text: str) -> float | int | None:
         number = float(text)
         if not (0 < number < float("inf") or number == 0 and name in ("n_experts", "top_k")):
             raise ValueError
-        if name != "value" and number != int(number):
+        if name != "value" and (number != int(number) or number > LARGEST.get(name, 10 ** 9)):
             raise ValueError
     except ValueError:
-        raise BadRow(f"{path} line {line}, column {name}: {text!r} is not accepted; give a positive "
-                     f"{'number' if name == 'value' else 'integer'}") from None
+        raise BadRow(f"{path} line {line}, column {name}: {text!r} is not accepted; give "
+                     + ("a positive number" if name == "value" else f"an integer from 1 to {LARGEST.get(name, 10 ** 9)}")) from None
     return number if name == "value" else int(number)
 
 
@@ -151,8 +167,9 @@ def case(row: Mapping[str, Any]) -> Case:
     the full one where attention is not fused; no ZeRO stage, none. Gradients are summed in fp32 beside bf16 weights and in
     fp16 beside fp16. Ungated models on Volta or Ampere GPUs in fp16 or under model parallelism ran on software without
     fused attention, and with full recomputation without sequence parallelism; tensor parallelism has it
-    otherwise. A note that says "interleaved" gives the chunks of a stage (m=3; two where it gives none). Systems
-    named DeepSeek have latent attention.
+    otherwise. A note that says "interleaved" gives the chunks of a stage (m=3; two where it gives none). A mixture whose
+    heads, as many for keys as for queries, would be narrower than 64 has DeepSeek-V2's latent attention, the only kind of
+    that shape published. Hybrid sharding stays inside a node.
     """
     for name in ("n_layers", "d_model", "n_heads", "vocab_size", "seq_len", "device", "n_devices"):
         if not row[name]:
@@ -162,10 +179,10 @@ def case(row: Mapping[str, Any]) -> Case:
     dp = row["dp"] or row["n_devices"] // (tp * pp * cp)
     if tp * pp * dp * cp != row["n_devices"]:
         raise ValueError(f"tp={tp} x pp={pp} x dp={dp} x cp={cp} is not n_devices={row['n_devices']}")
-    gated = row["gated_ffn"] == "yes"
-    spec = _spec(row["n_layers"], row["d_model"], row["n_heads"], row["n_kv_heads"] or row["n_heads"], row["d_ff"], gated,
+    gated, kv_heads = row["gated_ffn"] == "yes", row["n_kv_heads"] or row["n_heads"]
+    spec = _spec(row["n_layers"], row["d_model"], row["n_heads"], kv_heads, row["d_ff"], gated,
                  row["vocab_size"], row["seq_len"], row["n_experts"] or 0, row["top_k"],
-                 "deepseek" in row.get("system", "").lower())
+                 bool(row["n_experts"]) and kv_heads == row["n_heads"] and row["d_model"] < 64 * row["n_heads"])
     words = re.findall(r"[a-z]+\d+", row["dtype"].lower())
     dtype = next((w for w in words if w in DTYPE_BYTES), "bf16")
     if dtype == "fp32" and words[1:]:
@@ -177,17 +194,19 @@ def case(row: Mapping[str, Any]) -> Case:
     batch, micro = row["global_batch"], row["micro_batch"]
     if not (batch or micro):
         raise ValueError("neither global_batch nor micro_batch is published")
-    each = max(-(-(batch or micro * dp) // dp), 1)
-    micros = [micro] if micro else [b for b in (1, 2, 4, 8) if each % b == 0]
+    each = (batch or micro * dp) // dp
+    micros = [b for b in ([micro] if micro else (1, 2, 4, 8)) if each and each % b == 0]
+    if batch and (not micros or each * dp != batch):
+        raise ValueError(f"global_batch={batch} is not whole micro-batches of {micro or 'any size'} on dp={dp} replicas")
     chunks = 1
     if "interleav" in row.get("note", "").lower() and pp > 1:
         given = re.search(r"interleav\w*(?: \w+)? [mv]=(\d+)", row["note"].lower())
         chunks = int(given.group(1)) if given else 2
         chunks = chunks if chunks * pp <= spec.n_layers else 1
     zero = 3 if row["zero_stage"] == "hybrid" else int(row["zero_stage"] or 0)
-    shard = cluster.devices_per_node if row["zero_stage"] == "hybrid" and dp % cluster.devices_per_node == 0 else None
+    shard = max(cluster.devices_per_node // (tp * cp), 1) if row["zero_stage"] == "hybrid" else None
     plans = tuple(
-        ParallelPlan(tp=tp, pp=pp, dp=dp, ep=ep, cp=cp, zero_stage=zero, micro_batch=b, n_micro_batches=max(-(-each // b), 1),
+        ParallelPlan(tp=tp, pp=pp, dp=dp, ep=ep, cp=cp, zero_stage=zero, micro_batch=b, n_micro_batches=each // b,
                      recompute=recompute, sequence_parallel=tp > 1 and (fused or recompute != "full"), n_chunks=chunks, shard=shard)
         for recompute in ([row["recompute"]] if row["recompute"] else RECOMPUTE if fused else ["full"]) for b in micros)
     plans[0].check(spec)
@@ -196,9 +215,11 @@ def case(row: Mapping[str, Any]) -> Case:
 
 
 def choose(estimator: Estimator, plans: Iterable[ParallelPlan]) -> Estimate:
-    """Of the plans a row may mean: the fastest of those that fit with the least recomputation."""
+    """Of the plans a row may mean: the fastest of those that fit with the least recomputation; the smallest if none does."""
     estimates = [estimator.estimate(plan) for plan in plans]
-    fits = [e for e in estimates if e.memory.fits(estimator.cluster.device)] or estimates
+    fits = [e for e in estimates if e.memory.fits(estimator.cluster.device)]
+    if not fits:
+        return min(estimates, key=lambda e: e.memory.total)
     least = min(RECOMPUTE.index(e.plan.recompute) for e in fits)
     return min((e for e in fits if RECOMPUTE.index(e.plan.recompute) == least), key=lambda e: e.step_seconds)
 
@@ -254,7 +275,8 @@ class Pricer:
             scores = 3 * (estimator.score_flop - estimator.score_flop * (it.seq_len + 1) / 2 / it.seq_len)
             useful = found.flop - found.plan.global_batch * scores
             used = useful / (found.step_seconds * ratio * found.peak)
-        return replace(bare, predicted=predicted, bound_by=found.bound_by, mfu=used, fitted=is_fitted(it))
+        return replace(bare, predicted=predicted, bound_by=found.bound_by, mfu=used, fitted=is_fitted(it),
+                       fits=found.memory.fits(it.cluster.device))
 
 
 def summary(results: Iterable[Result]) -> dict[str, float | int | None]:
@@ -285,3 +307,18 @@ def average(summaries: Mapping[str, Mapping]) -> dict[str, float]:
     """The mean over sources of each source's figure, so that a large sweep weighs like one table."""
     told = [s for name, s in summaries.items() if s["priced"] and not name.endswith(APART)]
     return {key: mean(s[key] for s in told) if told else None for key in ("median_abs_error", "mean_abs_error", "p90_abs_error")}
+
+
+def quantiles(results: Iterable[Result], shares: tuple[float, ...] = (0.5, 0.9)) -> list[float]:
+    """Errors that these shares of the rows stay within, every document weighing the same; badly scaled runs apart."""
+    told = [r for r in results if r.error is not None and not apart(r)]
+    rows = {document: sum(r.document == document for r in told) for document in {r.document for r in told}}
+    errors, out = sorted((abs(r.error), 1 / rows[r.document] / len(rows)) for r in told), []
+    for share in shares:
+        below = 0.0
+        for error, weight in errors:
+            below += weight
+            if below >= share - 1e-9:
+                out.append(error)
+                break
+    return out

@@ -4,5 +4,4 @@ from gpt4lib.specs.hardware import ClusterSpec, DeviceSpec
 from gpt4lib.specs.model import Indexer, LatentAttention, LinearAttention, ModelSpec
 from gpt4lib.specs.workload import ParallelPlan
 
-__all__ = ["ClusterSpec", "DeviceSpec", "Indexer", "LatentAttention", "LinearAttention",
-           "ModelSpec", "ParallelPlan"]
+__all__ = ["ClusterSpec", "DeviceSpec", "Indexer", "LatentAttention", "LinearAttention", "ModelSpec", "ParallelPlan"]

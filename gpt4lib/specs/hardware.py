@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field, replace
 from typing import Any, Mapping
 
 from gpt4lib.specs import registry
 
-DTYPE_BYTES = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "int8": 1,
-               "fp4": 0.5, "int4": 0.5}
+DTYPE_BYTES = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "int8": 1, "fp4": 0.5, "int4": 0.5}
 
 
 def dtype_bytes(dtype: str) -> float:
@@ -20,10 +20,8 @@ def dtype_bytes(dtype: str) -> float:
 
 
 def _positive(owner: str, name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (
-            math.isfinite(value) and value > 0):
-        raise ValueError(f"{owner}: {name}={value!r} is not accepted; "
-                         f"give a positive finite number")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{owner}: {name}={value!r} is not accepted; give a positive finite number")
 
 
 @dataclass(frozen=True)
@@ -79,8 +77,7 @@ class ClusterSpec:
         for name in ("n_devices", "devices_per_node"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
-                raise ValueError(f"{self.name}: {name}={value!r} is not accepted; "
-                                 f"give an integer >= 1")
+                raise ValueError(f"{self.name}: {name}={value!r} is not accepted; give an integer >= 1")
         _positive(self.name, "inter_node_bandwidth", self.inter_node_bandwidth)
 
     @classmethod
@@ -92,9 +89,10 @@ class ClusterSpec:
     @classmethod
     def around(cls, device: str, devices_per_node: int | None = None) -> "ClusterSpec":
         """A cluster of a kind of device: the preset with such nodes, else one with such devices, else one of their
-        generation. A name like "h100-80gb" stands for the first device preset that begins alike."""
-        known = DeviceSpec.presets()
-        name = device if device in known else next((d for d in known if d.split("-")[0] == device.split("-")[0]), None)
+        generation. A name like "h100-80gb" stands for the preset that begins most alike."""
+        known, like = DeviceSpec.presets(), lambda name: len(os.path.commonprefix([name, device]))    # noqa: E731
+        alike = [d for d in known if d.split("-")[0] == device.split("-")[0]]
+        name = device if device in known else max(alike, key=like, default=None)
         if name is None:
             raise ValueError(f"device {device!r} is not a preset; accepted: {', '.join(known)}")
         chosen, presets = DeviceSpec.preset(name), [cls.preset(c) for c in cls.presets()]
@@ -103,7 +101,8 @@ class ClusterSpec:
                  or [c for c in presets if c.device.generation == chosen.generation])
         if not alike:
             raise ValueError(f"no cluster of {name} is known; accepted: {', '.join(cls.presets())}")
-        return replace(alike[0], device=chosen, devices_per_node=devices_per_node or alike[0].devices_per_node)
+        return replace(alike[0], name=f"around {name}", device=chosen,
+                       devices_per_node=devices_per_node or alike[0].devices_per_node)
 
     @staticmethod
     def presets() -> tuple[str, ...]:

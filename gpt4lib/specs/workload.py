@@ -49,8 +49,7 @@ class ParallelPlan:
             raise ValueError(f"n_chunks={self.n_chunks} needs schedule='1f1b' and pp > 1; "
                              f"got {self.schedule!r} and pp={self.pp}")
         if type(self.sequence_parallel) is not bool:
-            raise ValueError(f"sequence_parallel={self.sequence_parallel!r} is not accepted; "
-                             f"give True or False")
+            raise ValueError(f"sequence_parallel={self.sequence_parallel!r} is not accepted; give True or False")
         if self.dp % self.ep:
             raise ValueError(f"dp={self.dp} is not divisible by ep={self.ep}; experts are spread over data-parallel ranks")
         if self.shard is not None and (type(self.shard) is not int or self.shard < 1
@@ -80,8 +79,7 @@ class ParallelPlan:
         split = {"n_heads": spec.n_heads, "d_ff": spec.d_ff if spec.n_dense_layers else 0,
                  "d_expert": spec.d_expert or 0, "d_shared": spec.d_shared}
         if "linear" in spec.layer_kinds:
-            split |= {"linear.n_key_heads": spec.linear.n_key_heads,
-                      "linear.n_value_heads": spec.linear.n_value_heads}
+            split |= {"linear.n_key_heads": spec.linear.n_key_heads, "linear.n_value_heads": spec.linear.n_value_heads}
         for name, value in split.items():
             if value % self.tp:
                 raise ValueError(f"{name}={value} is not divisible by tp={self.tp}; choose a tp that divides it")
@@ -90,11 +88,9 @@ class ParallelPlan:
                              f"tp={self.tp}; key/value heads are split or copied evenly")
         if self.pp * self.n_chunks > spec.n_layers:
             chunks = f" x n_chunks={self.n_chunks}" if self.n_chunks > 1 else ""
-            raise ValueError(f"pp={self.pp}{chunks} is more than n_layers={spec.n_layers}; "
-                             f"a stage needs a layer")
+            raise ValueError(f"pp={self.pp}{chunks} is more than n_layers={spec.n_layers}; a stage needs a layer")
         if self.ep > 1 and (not spec.is_moe or spec.n_experts % self.ep):
-            raise ValueError(f"n_experts={spec.n_experts} is not divisible by ep={self.ep}; "
-                             f"choose an ep that divides it")
+            raise ValueError(f"n_experts={spec.n_experts} is not divisible by ep={self.ep}; choose an ep that divides it")
 
     def layers_per_chunk(self, n_layers: int) -> tuple[int, ...]:
         """Layers of each of the pp * n_chunks slices of the model, in its order, as even as they get; the

@@ -46,7 +46,9 @@ def test_nothing_fails_nothing_is_lost():
     assert cost.goodput(1, 1e12, 1, 1).fraction == pytest.approx(1, abs=1e-3)
 
 
-@pytest.mark.parametrize("args, name", [((0, 1, 1, 1), "n_devices"), ((1, 0, 1, 1), "device_hours"), ((1, 1, 0, 1), "checkpoint")])
+@pytest.mark.parametrize("args, name", [((0, 1, 1, 1), "n_devices"), ((1, 0, 1, 1), "device_hours"), ((1, 1, 0, 1), "checkpoint"),
+                                        ((1, 1, 1, -1), "restart_seconds=-1"), ((16_384, 0.001, 60, 600), "leaves no time to restart"),
+                                        ((1, 1, 1, 1, 0), "interval_seconds=0"), ((1, float("nan"), 1, 1), "device_hours")])
 def test_goodput_refuses(args, name):
     with pytest.raises(ValueError, match=name):
         cost.goodput(*args)
@@ -57,3 +59,8 @@ def test_a_run_adds_up():
     run = cost.run(8, 2.0, 1e6, 1e9, 3.0, 500, useful=0.5)
     assert run.seconds == 4000 and run.device_hours == pytest.approx(8 * 4000 / 3600)
     assert run.dollars == pytest.approx(3 * run.device_hours) and run.joules == pytest.approx(8 * 4000 * 500 * 1.1)
+
+
+def test_a_run_that_keeps_nothing_is_refused():
+    with pytest.raises(ValueError, match="useful=0"):
+        cost.run(8, 2.0, 1e6, 1e9, 3.0, 500, useful=0)

@@ -90,8 +90,8 @@ def test_utilisation_stays_below_one_and_the_convention_is_stated(seq_len):
 def test_one_micro_batch_waits_for_every_stage():
     """llm-analysis: 0.273 s for eight stages and one micro-batch, an eighth of the truth."""
     one, eight = (estimate(GPT3, ParallelPlan(tp=8, pp=8, n_micro_batches=m), causal=False) for m in (1, 8))
-    stage = one.step_seconds / 8
-    assert one.by_term["bubble"] == pytest.approx(7 * stage, rel=0.1)
+    useful = sum(t for term, t in one.by_term.items() if term not in ("bubble", "straggling", "optimizer", "fixed"))
+    assert 6 < one.by_term["bubble"] / useful < 7                               # seven stages, and the last has the head
     assert eight.step_seconds < 2.1 * one.step_seconds                          # 15 turns against 8
 
 

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from gpt4lib.analysis import scaling_laws
-from gpt4lib.analysis.scaling_laws import CHINCHILLA, REFIT, Dense
+from gpt4lib.analysis.scaling_laws import CHINCHILLA, REFIT, UNROUNDED, Dense
 
 SIZES, TOKENS = (3e7, 1e8, 3e8, 1e9), (1e9, 3e9, 1e10, 3e10)
 
@@ -15,6 +15,13 @@ def test_the_refit_asks_for_twenty_tokens_a_parameter_at_chinchillas_budget():
     """Besiroglu et al.: about 20, where the printed constants ask for 93; Chinchilla has 70e9 parameters."""
     n, tokens = scaling_laws.optimal(5.76e23, REFIT)
     assert n == pytest.approx(70e9, rel=0.05) and tokens / n == pytest.approx(20, rel=0.1)
+
+
+def test_rounding_is_what_separates_the_printed_constants_from_the_unrounded():
+    """Every constant of one is the other's, rounded; at Chinchilla's budget that moves the optimum by a fifth."""
+    assert all(round(u, len(str(p).partition(".")[2])) == p for p, u in zip(CHINCHILLA, UNROUNDED))
+    printed, unrounded = (scaling_laws.optimal(5.76e23, law)[0] for law in (CHINCHILLA, UNROUNDED))
+    assert printed / unrounded == pytest.approx(0.8, abs=0.005)
 
 
 @pytest.mark.parametrize("law", [CHINCHILLA, REFIT])

@@ -37,11 +37,10 @@ def test_step_times_that_were_not_fitted_are_within_eight_per_cent(results):
 
 
 def test_memory_that_was_not_fitted_is_within_eight_per_cent(results):
-    """Not the 5 % wished for: one sweep of small models, whose framework keeps more, is 20 % off; the others are within 5."""
+    """Not the 5 % wished for. Most sources are within that; a sweep of small models, whose framework keeps more, is 20 % off."""
     found = held_out(results, "peak_memory_bytes")
     assert v.average(found)["median_abs_error"] <= 0.08
-    others = {s: f for s, f in found.items() if "Ultra-Scale" not in s}
-    assert v.average(others)["median_abs_error"] <= 0.05
+    assert sum(f["median_abs_error"] <= 0.05 for f in found.values()) >= len(found) / 2
 
 
 def test_mixtures_are_within_fifteen_per_cent(rows, results):
@@ -54,10 +53,16 @@ def test_nineteen_in_twenty_are_priced(results):
     assert all(bool(r.unpriced) != (r.predicted is not None) for r in results)
 
 
-def test_the_error_bars_are_those_of_the_rows_left_out(results):
-    for name, group in (("step", "step_time"), ("memory", "peak_memory_bytes")):
-        found = v.average(held_out(results, group))
-        assert efficiency.error(name) == pytest.approx((found["median_abs_error"], found["p90_abs_error"]), abs=6e-5)
+@pytest.mark.parametrize("name, group", [("step", "step_time"), ("memory", "peak_memory_bytes")])
+def test_the_error_bars_hold_on_the_rows_left_out(results, name, group):
+    """What `explain` says: half of the rows are within the first, nine in ten within the second, each document weighing the same."""
+    held = [r for r in results if r.group == group and not r.fitted and r.error is not None and not v.apart(r)]
+    median, p90 = efficiency.error(name)
+    assert (median, p90) == pytest.approx(v.quantiles(held), abs=6e-5)
+    documents = {r.document for r in held}
+    within = lambda bar: sum(sum(abs(r.error) <= bar + 6e-5 for r in held if r.document == d)      # noqa: E731
+                             / sum(r.document == d for r in held) for d in documents) / len(documents)
+    assert within(median) >= 0.5 and within(p90) >= 0.9 and within(0.9 * p90) < 0.95
 
 
 def test_both_halves_are_halves(results):
@@ -66,24 +71,28 @@ def test_both_halves_are_halves(results):
         assert 0.35 < sum(share) / len(share) < 0.65
 
 
-def test_the_constants_are_what_the_fitting_script_would_build():
-    tool = runpy.run_path(str(ROOT / "tools" / "fit_efficiency.py"))
-    made = efficiency.fitted()
-    for name, (_, low, high) in {**tool["STEP"], **tool["MEMORY"]}.items():
-        table, _, key = name.partition(".")
-        assert low <= (getattr(made, table)[key] if key else getattr(made, table)) <= high, name
+def test_the_constants_are_a_minimum_of_the_loss_they_were_fitted_by(rows):
+    """The losses that the fit wrote down are those of the constants as they stand, and a tenth up or down gains nothing."""
+    tool, table, made = runpy.run_path(str(ROOT / "tools" / "fit_efficiency.py")), efficiency._table(), efficiency.fitted()
+    for known, half, loss in zip((tool["STEP"], tool["MEMORY"]), tool["halves"](rows), ("step", "memory")):
+        values = {n: getattr(made, n.split(".")[0])[n.split(".")[1]] if "." in n else getattr(made, n)
+                  for n in {**tool["STEP"], **tool["MEMORY"]}}
+        best = tool["loss"](values, half, known)
+        assert best == pytest.approx(table["fit"][f"{loss}_loss"], abs=6e-5) and len(half) == table["fit"][f"{loss}_rows"]
+        for name, (_, low, high) in known.items():
+            for factor in (0.9, 1.1):
+                assert tool["loss"]({**values, name: min(max(values[name] * factor, low), high)}, half, known) > best - 2e-4, name
     assert all(getattr(made, name) == value for name, value in tool["FIXED"].items())
 
 
 # --- how honest -------------------------------------------------------------------------------------
 def test_names_and_measured_values_change_nothing(rows, results):
-    """Only a note's "interleaved" and a system named DeepSeek are read; everything else said about a row is not."""
+    """Of the words only a note's "interleaved" is read."""
     pricer = v.Pricer()
-    for row, known in list(zip(rows, results))[::7]:
+    for row, known in zip(rows, results):
         if not known.unpriced:
-            system = "deepseek" if "deepseek" in row["system"].lower() else "x"
             note = row["note"] if "interleav" in row["note"] else "x"
-            bare = pricer.price({**row, "id": "x", "source": "x", "system": system, "note": note, "value": 1.0})
+            bare = pricer.price({**row, "id": "x", "source": "x", "system": "x", "note": note, "value": 1.0})
             assert bare.predicted == known.predicted
 
 
@@ -123,11 +132,11 @@ def raw():
 
 
 @pytest.mark.parametrize("column, value, words", [
-    ("tp", "two", "column tp: 'two' is not accepted; give a positive integer"), ("n_layers", "-1", "column n_layers"),
+    ("tp", "two", "column tp: 'two' is not accepted; give an integer from 1 to 1000000000"), ("n_layers", "-1", "column n_layers"),
     ("value", "nan", "column value"), ("value", "", "column value: empty"), ("value", "-3", "column value"),
     ("quantity", "speed", "column quantity: 'speed' is not accepted; give iteration_seconds"),
     ("recompute", "some", "column recompute"), ("zero_stage", "4", "column zero_stage"), ("pp", "1.5", "column pp"),
-    ("gated_ffn", "maybe", "column gated_ffn")])
+    ("gated_ffn", "maybe", "column gated_ffn"), ("seq_len", "1e308", "column seq_len"), ("n_layers", "1e6", "from 1 to 10000")])
 def test_a_bad_value_is_named_and_the_others_are_priced(tmp_path, raw, column, value, words):
     raw[1][column] = value
     path = written(tmp_path, raw)
@@ -138,7 +147,8 @@ def test_a_bad_value_is_named_and_the_others_are_priced(tmp_path, raw, column, v
 
 @pytest.mark.parametrize("column, value, reason", [
     ("device", "abacus", "device 'abacus' is not a preset"), ("n_heads", "", "n_heads is not published"),
-    ("n_devices", "7", "is not n_devices=7"), ("tp", "3", "tp=3"), ("device", "tpu-v4", "no cluster of tpu-v4")])
+    ("n_devices", "7", "is not n_devices=7"), ("tp", "3", "tp=3"), ("device", "tpu-v4", "no cluster of tpu-v4"),
+    ("global_batch", "7", "global_batch=7 is not whole micro-batches of 4")])
 def test_what_cannot_be_priced_says_why(tmp_path, raw, column, value, reason):
     raw[0][column] = value
     assert reason in v.Pricer().price(v.read(written(tmp_path, raw))[0]).unpriced
@@ -153,14 +163,26 @@ def test_a_file_that_is_none_is_one_line(tmp_path, raw):
     path = written(tmp_path, raw, [c for c in raw[0] if c not in ("tp", "value")])
     with pytest.raises(ValueError, match="line 1: no column tp, value; needed are n_layers"):
         v.read(path)
+    (tmp_path / "long.csv").write_text("x" * 200_000 + ",y\n1,2\n")
+    with pytest.raises(ValueError, match="field larger than field limit|no column"):
+        v.read(tmp_path / "long.csv")
     (tmp_path / "empty.csv").write_text("")
     with pytest.raises(ValueError, match="no column"):
         v.read(tmp_path / "empty.csv")
 
 
-def test_a_quoted_line_break_does_not_shift_the_lines(tmp_path, raw):
-    raw[0]["note"], raw[2]["tp"] = "two\nlines", "x"
-    assert "line 5, column tp" in v.read(written(tmp_path, raw))[2]["problem"]
+def test_line_breaks_inside_quotes_and_a_byte_order_mark_are_read(tmp_path, raw):
+    raw[0]["note"], raw[1]["note"], raw[2]["tp"] = "two\nlines", "one\u2028line", "x"
+    path = written(tmp_path, raw)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    found = v.read(path)
+    assert len(found) == 4 and "line 5, column tp" in found[2]["problem"]
+
+
+def test_a_run_that_took_place_but_should_not_fit_is_told(tmp_path, raw):
+    raw[0]["device"], raw[0]["dtype"] = "v100-32gb", "fp16"                  # 22 B on eight of them, nothing sharded
+    found = [v.Pricer().price(row) for row in v.read(written(tmp_path, raw))]
+    assert found[0].fits is False and found[1].fits
 
 
 def test_what_a_row_leaves_out_is_filled_in(rows):
@@ -187,6 +209,7 @@ def test_chunks_are_read_from_the_note(rows):
 def test_hybrid_shards_inside_a_node(rows):
     row = {**next(r for r in rows if r["zero_stage"] == "3" and r["n_devices"] == 64), "zero_stage": "hybrid"}
     assert v.case(row).plans[0].shard == 8
+    assert v.case({**row, "tp": 2, "dp": row["dp"] // 2, "micro_batch": None}).plans[0].shard == 4
 
 
 def test_summaries():
