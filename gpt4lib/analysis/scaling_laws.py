@@ -86,6 +86,8 @@ def fit(runs: Sequence[Run]) -> Dense:
 
     For given exponents the other three constants are linear; the exponents are searched in ever smaller steps.
     """
+    if min(len({n for n, _, _ in runs}), len({d for _, d, _ in runs})) < 2 or len(runs) < 5:
+        raise ValueError(f"{len(runs)} runs do not settle five constants; give at least five, of two sizes and two lengths")
     def solved(alpha: float, beta: float) -> tuple[float, Dense]:
         x, y, z = ([n ** -alpha for n, _, _ in runs], [d ** -beta for _, d, _ in runs], [value for _, _, value in runs])
         (mx, x), (my, y), (mz, z) = ((m := sum(v) / len(v), [e - m for e in v]) for v in (x, y, z))

@@ -59,6 +59,9 @@ class Mixture:
     def __init__(self, sources: Mapping[str, Sequence[bytes]], epochs: Mapping[str, int], length: int, seed: int = 0) -> None:
         if sources.keys() != epochs.keys() or not all(sources.values()):
             raise ValueError(f"epochs for {sorted(epochs)} do not go with the sources {sorted(sources)}; name the same, none empty")
+        for what, value in {**epochs, "length": length}.items():
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{what}={value!r} is not accepted; give an integer >= 1")
         self.sources, self.length = sources, length
         order = []
         for name, documents in sources.items():

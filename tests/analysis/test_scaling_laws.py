@@ -102,3 +102,9 @@ def test_errors_of_a_noisy_fit_cover_the_truth():
     runs = [(n, d, scaling_laws.loss(n, d, REFIT) + dice.gauss(0, 0.005)) for n in SIZES for d in TOKENS]
     errors = scaling_laws.jackknife(scaling_laws.fit, runs)
     assert all(abs(a - b) < 4 * e for a, b, e in zip(scaling_laws.fit(runs), REFIT, errors))
+
+
+@pytest.mark.parametrize("runs", [[], [(1e6, 1e8, 3.0)] * 6, [(1e6, 1e8 * k, 3.0 / k) for k in range(1, 7)]])
+def test_too_few_runs_are_refused(runs):
+    with pytest.raises(ValueError, match="runs do not settle five constants"):
+        scaling_laws.fit(runs)

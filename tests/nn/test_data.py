@@ -137,3 +137,10 @@ def test_the_two_sources_are_what_is_trained_on():
     found = data.sources()
     assert sum(len(t) + 1 for texts in found.values() for t in texts) == len(data.split()[0]) + 1
     assert not any(data.END in t for texts in found.values() for t in texts)
+
+
+@pytest.mark.parametrize("epochs, length, words", [({"text": 0, "code": 1}, 4, "text=0"), ({"text": 1.5, "code": 1}, 4, "text=1.5"),
+                                                   (EPOCHS, 0, "length=0"), (EPOCHS, True, "length=True")])
+def test_a_mixture_of_nonsense_is_refused(epochs, length, words):
+    with pytest.raises(ValueError, match=f"{words} is not accepted; give an integer >= 1"):
+        data.Mixture(SOURCES, epochs, length)
