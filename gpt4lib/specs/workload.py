@@ -46,16 +46,14 @@ class ParallelPlan:
             if getattr(self, name) not in accepted:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known; accepted: {', '.join(accepted)}")
         if self.n_chunks > 1 and (self.schedule == "gpipe" or self.pp == 1):
-            raise ValueError(f"n_chunks={self.n_chunks} needs schedule='1f1b' and pp > 1; "
-                             f"got {self.schedule!r} and pp={self.pp}")
+            raise ValueError(f"n_chunks={self.n_chunks} needs schedule='1f1b' and pp > 1; got {self.schedule!r} and pp={self.pp}")
         if type(self.sequence_parallel) is not bool:
             raise ValueError(f"sequence_parallel={self.sequence_parallel!r} is not accepted; give True or False")
         if self.dp % self.ep:
             raise ValueError(f"dp={self.dp} is not divisible by ep={self.ep}; experts are spread over data-parallel ranks")
         if self.shard is not None and (type(self.shard) is not int or self.shard < 1
                                        or self.dp % self.shard or self.zero_stage < 3 or self.ep > 1):
-            raise ValueError(f"shard={self.shard!r} is not accepted; give a divisor of dp={self.dp} "
-                             f"with zero_stage 3 and ep 1")
+            raise ValueError(f"shard={self.shard!r} is not accepted; give a divisor of dp={self.dp} with zero_stage 3 and ep 1")
 
     @property
     def n_devices(self) -> int:
@@ -70,9 +68,8 @@ class ParallelPlan:
         """ValueError, one line, if the cluster has too few devices for this plan."""
         if self.n_devices > cluster.n_devices:
             cp = f" x cp={self.cp}" if self.cp > 1 else ""
-            raise ValueError(f"tp={self.tp} x pp={self.pp} x dp={self.dp}{cp} needs "
-                             f"{self.n_devices:,} devices, cluster {cluster.name} has "
-                             f"{cluster.n_devices:,}; lower one of the degrees")
+            raise ValueError(f"tp={self.tp} x pp={self.pp} x dp={self.dp}{cp} needs {self.n_devices:,} devices, "
+                             f"cluster {cluster.name} has {cluster.n_devices:,}; lower one of the degrees")
 
     def check(self, spec: ModelSpec) -> None:
         """ValueError, one line, if this plan cannot hold the model."""
@@ -84,8 +81,8 @@ class ParallelPlan:
             if value % self.tp:
                 raise ValueError(f"{name}={value} is not divisible by tp={self.tp}; choose a tp that divides it")
         if spec.latent is None and spec.n_kv_heads % self.tp and self.tp % spec.n_kv_heads:
-            raise ValueError(f"n_kv_heads={spec.n_kv_heads} neither divides nor is divided by "
-                             f"tp={self.tp}; key/value heads are split or copied evenly")
+            raise ValueError(f"n_kv_heads={spec.n_kv_heads} neither divides nor is divided by tp={self.tp}; "
+                             f"key/value heads are split or copied evenly")
         if self.pp * self.n_chunks > spec.n_layers:
             chunks = f" x n_chunks={self.n_chunks}" if self.n_chunks > 1 else ""
             raise ValueError(f"pp={self.pp}{chunks} is more than n_layers={spec.n_layers}; a stage needs a layer")
