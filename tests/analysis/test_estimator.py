@@ -13,7 +13,7 @@ PLAN = ParallelPlan(tp=8, pp=8, dp=4, n_micro_batches=16, sequence_parallel=True
 # Datasheet speeds, nothing late, nothing hidden: then every term is a closed form.
 IDEAL = efficiency.Efficiency(matmul={"ampere": 1.0}, attention={"ampere": 1.0}, memory=1e9, kernel_seconds=0, link=1, network=1,
                               link_hop_seconds=0, network_hop_seconds=0, tensor_overlap=0, shard_overlap=0, step_seconds=0,
-                              straggling=0, framework_bytes=0, fragmentation=0, working_layers=0)
+                              straggling=0, framework_bytes=0, fragmentation=0, working_layers=0, logit_bytes=0, fp8=1)
 
 
 def ideal(spec=GPT3, **more):
