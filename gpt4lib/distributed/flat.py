@@ -53,6 +53,9 @@ class Flat:
             p.data = self.weights[start:stop].view_as(p)
             p.register_post_accumulate_grad_hook(self._arrived)
         self.place = {id(s.parameter): s for s in self.segments}
+        # where the rank's parts lie in the vector
+        self.mine = [(a + (b - a) // self.n * self.rank, a + (b - a) // self.n * (self.rank + 1))
+                     for a, b in self.buckets] if zero else [(0, self.length)]
         self.parts = list(self._parts())
         self.waiting = [[s for s in self.segments if s.start < b and s.stop > a] for a, b in self.buckets]
         # the same memory as the weights where those are whole and fp32 already
@@ -61,14 +64,12 @@ class Flat:
 
     def shard(self, vector: Tensor) -> Tensor:
         """The rank's part of every bucket, one after the other; the whole vector itself without ZeRO."""
-        parts = [vector[a:b] for a, b in self._mine()]
+        parts = [vector[a:b] for a, b in self.mine]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _mine(self) -> list[tuple[int, int]]:
-        """Where the rank's parts lie in the vector."""
-        if not self.zero:
-            return [(0, self.length)]
-        return [(a + (b - a) // self.n * self.rank, a + (b - a) // self.n * (self.rank + 1)) for a, b in self.buckets]
+    def _split(self, shard: Tensor) -> tuple[Tensor, ...]:
+        """A shard's part of every bucket."""
+        return shard.split([b - a for a, b in self.mine])
 
     def restart(self) -> None:
         """Forget every gradient: those of a step that was abandoned too."""
@@ -95,7 +96,7 @@ class Flat:
                 return
             a, b = self.buckets[len(self.works)]
             if self.zero:
-                mine = torch.empty((b - a) // self.n, dtype=self.gradients.dtype, device=self.gradients.device)
+                mine = self.gradients.new_empty((b - a) // self.n)
                 work = scatter_into(mine, self.gradients[a:b], group=self.group, async_op=True)
             else:
                 mine, work = None, dist.all_reduce(self.gradients[a:b], group=self.group, async_op=True)
@@ -108,16 +109,16 @@ class Flat:
     def reduce(self) -> None:
         """Start what is left, wait for all, and give the mean over replicas to the optimizer."""
         self._launch(force=True)
-        for (work, mine), (a, b) in zip(self.works, self.buckets):
+        for i, (work, mine) in enumerate(self.works):
             work.wait()
             if mine is not None:                               # back into the vector: no second buffer of that size
-                self.gradients[a + self.rank * len(mine):a + (self.rank + 1) * len(mine)] = mine
+                self.gradients[slice(*self.mine[i])] = mine
         self.master.grad = self.shard(self.gradients).to(self.master.dtype).div_(self.replicas)
 
     def _parts(self) -> Iterator[tuple[Segment, slice]]:
         """Every parameter with its places in the shard."""
         offset = 0
-        for a, b in self._mine():
+        for a, b in self.mine:
             for s in self.segments:
                 lo, hi = max(s.start, a), min(s.stop, b)
                 if lo < hi:
@@ -137,25 +138,19 @@ class Flat:
 
     def publish(self) -> None:
         """The stepped weights back into the model: with ZeRO every rank gathers the others' shards."""
-        offset = 0
-        for a, b in self._mine() if self.master.data_ptr() != self.weights.data_ptr() else ():
-            self.weights[a:b] = self.master.data[offset:offset + b - a]
-            offset += b - a
-        if self.zero:
-            for a, b in self.buckets:
-                part = (b - a) // self.n
-                mine = self.weights[a + part * self.rank:a + part * (self.rank + 1)].clone()
-                gather_into(self.weights[a:b], mine, group=self.group)
+        if self.master.data_ptr() != self.weights.data_ptr():
+            for (a, b), part in zip(self.mine, self._split(self.master.data)):
+                self.weights[a:b] = part
+        for (a, b), mine in zip(self.buckets, self.mine) if self.zero else ():
+            gather_into(self.weights[a:b], self.weights[slice(*mine)].clone(), group=self.group)
 
     def whole(self, shard: Tensor) -> Tensor:
         """A shard-sized vector of the optimizer, gathered from all ranks, in the order of `segments`."""
         if not self.zero:
             return shard
-        out, offset = shard.new_empty(len(self.weights)), 0
-        for a, b in self.buckets:
-            part = (b - a) // self.n
-            gather_into(out[a:b], shard[offset:offset + part].contiguous(), group=self.group)
-            offset += part
+        out = shard.new_empty(len(self.weights))
+        for (a, b), part in zip(self.buckets, self._split(shard)):
+            gather_into(out[a:b], part.contiguous(), group=self.group)
         return out
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gpt4lib.specs.checks import require_counts, require_known
 from gpt4lib.specs.hardware import ClusterSpec
 from gpt4lib.specs.model import ModelSpec
 
@@ -36,27 +37,20 @@ class ParallelPlan:
     shard: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("tp", "pp", "dp", "ep", "cp", "micro_batch", "n_micro_batches", "n_chunks"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name}={value!r} is not accepted; give an integer >= 1")
+        require_counts(self, 1, "tp", "pp", "dp", "ep", "cp", "micro_batch", "n_micro_batches", "n_chunks")
         if type(self.zero_stage) is not int or self.zero_stage not in (0, 1, 2, 3):
             raise ValueError(f"zero_stage={self.zero_stage!r} is not accepted; give 0, 1, 2 or 3")
-        for name, accepted in (("recompute", RECOMPUTE), ("schedule", SCHEDULES)):
-            if getattr(self, name) not in accepted:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not known; accepted: {', '.join(accepted)}")
+        require_known("recompute", self.recompute, RECOMPUTE)
+        require_known("schedule", self.schedule, SCHEDULES)
         if self.n_chunks > 1 and (self.schedule == "gpipe" or self.pp == 1):
-            raise ValueError(f"n_chunks={self.n_chunks} needs schedule='1f1b' and pp > 1; "
-                             f"got {self.schedule!r} and pp={self.pp}")
+            raise ValueError(f"n_chunks={self.n_chunks} needs schedule='1f1b' and pp > 1; got {self.schedule!r} and pp={self.pp}")
         if type(self.sequence_parallel) is not bool:
             raise ValueError(f"sequence_parallel={self.sequence_parallel!r} is not accepted; give True or False")
         if self.dp % self.ep:
-            raise ValueError(f"dp={self.dp} is not divisible by ep={self.ep}; "
-                             f"experts are spread over data-parallel ranks")
+            raise ValueError(f"dp={self.dp} is not divisible by ep={self.ep}; experts are spread over data-parallel ranks")
         if self.shard is not None and (type(self.shard) is not int or self.shard < 1
                                        or self.dp % self.shard or self.zero_stage < 3 or self.ep > 1):
-            raise ValueError(f"shard={self.shard!r} is not accepted; give a divisor of dp={self.dp} "
-                             f"with zero_stage 3 and ep 1")
+            raise ValueError(f"shard={self.shard!r} is not accepted; give a divisor of dp={self.dp} with zero_stage 3 and ep 1")
 
     @property
     def n_devices(self) -> int:
@@ -71,9 +65,8 @@ class ParallelPlan:
         """ValueError, one line, if the cluster has too few devices for this plan."""
         if self.n_devices > cluster.n_devices:
             cp = f" x cp={self.cp}" if self.cp > 1 else ""
-            raise ValueError(f"tp={self.tp} x pp={self.pp} x dp={self.dp}{cp} needs "
-                             f"{self.n_devices:,} devices, cluster {cluster.name} has "
-                             f"{cluster.n_devices:,}; lower one of the degrees")
+            raise ValueError(f"tp={self.tp} x pp={self.pp} x dp={self.dp}{cp} needs {self.n_devices:,} devices, cluster "
+                             f"{cluster.name} has {cluster.n_devices:,}; lower one of the degrees")
 
     def check(self, spec: ModelSpec) -> None:
         """ValueError, one line, if this plan cannot hold the model."""
@@ -96,9 +89,8 @@ class ParallelPlan:
     def layers_per_chunk(self, n_layers: int) -> tuple[int, ...]:
         """Layers of each of the pp * n_chunks slices of the model, in its order, as even as they get; the
         first take one more. Slice i is chunk i // pp of stage i % pp."""
-        n = self.pp * self.n_chunks
-        whole, extra = divmod(n_layers, n)
-        return tuple(whole + (i < extra) for i in range(n))
+        whole, extra = divmod(n_layers, self.pp * self.n_chunks)
+        return tuple(whole + (i < extra) for i in range(self.pp * self.n_chunks))
 
     def chunks_of(self, n_layers: int, stage: int) -> list[range]:
         """The layers of each chunk of a pipeline stage, in the order of the model."""
