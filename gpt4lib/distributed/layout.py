@@ -191,18 +191,14 @@ def build(spec: ModelSpec, plan: ParallelPlan, groups: Groups, *, seed: int = 0,
     """
     with torch.device("meta"):
         whole = Transformer(spec, numerics=numerics)
-    shapes = {name: p.shape for name, p in whole.named_parameters()}
     mine = [Stage(whole, layers, plan, groups) for layers in plan.chunks_of(spec.n_layers, groups.at["pp"])]
     held = {name for stage in mine for name, _ in stage.named_parameters()}
     pieces, generator = {}, torch.Generator().manual_seed(seed)
-    for name, shape in shapes.items():
-        full = initial(name, shape, generator)
+    for name, p in list(whole.named_parameters()):
+        full = initial(name, p.shape, generator)
         if name in held:
-            pieces[name] = piece(name, shape, spec, plan, groups.at)
+            pieces[name] = piece(name, p.shape, spec, plan, groups.at)
             owner, _, leaf = name.rpartition(".")
-            local = nn.Parameter(pieces[name].take(full).to(device, dtype))
-            if owner:
-                whole.get_submodule(owner)._parameters[leaf] = local
-            else:
-                mine[-1]._parameters[leaf] = local
+            module = whole.get_submodule(owner) if owner else mine[-1]
+            module._parameters[leaf] = nn.Parameter(pieces[name].take(full).to(device, dtype))
     return mine, pieces

@@ -39,8 +39,7 @@ class Pipeline:
                  balance: float = 0.0) -> None:
         self.stages, self.optimizer, self.dtype, self.balance = stages, optimizer, dtype, balance
         self.plan, self.groups, self.spec = stages[0].plan, stages[0].groups, stages[0].spec
-        plan = self.plan
-        self.schedule = Schedule(plan.pp, plan.n_micro_batches, plan.schedule, plan.n_chunks)
+        self.schedule = Schedule(self.plan.pp, self.plan.n_micro_batches, self.plan.schedule, self.plan.n_chunks)
         self.rank, self.moe_layers = self.groups.at["pp"], max(self.spec.n_moe_layers, 1)
         self.device = next(stages[0].parameters()).device
 

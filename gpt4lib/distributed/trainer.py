@@ -59,8 +59,7 @@ class Trainer:
         if len(batch) != plan.global_batch:
             raise ValueError(f"a batch of {len(batch)} is not micro_batch={plan.micro_batch} x n_micro_batches="
                              f"{plan.n_micro_batches} x dp={plan.dp}; give {plan.global_batch} sequences")
-        mine = batch.view(plan.n_micro_batches, plan.dp, plan.micro_batch, *batch.shape[1:])[:, self.groups.at["dp"]]
-        return list(mine)
+        return list(batch.view(plan.n_micro_batches, plan.dp, plan.micro_batch, *batch.shape[1:])[:, self.groups.at["dp"]])
 
     def backward(self, batch: Tensor | list[Tensor]) -> tuple[StepRecord, StepResult]:
         """Forward and backward of int64 [global_batch, seq_len + 1], gradients reduced and waiting for `step`.
