@@ -103,10 +103,9 @@ def _tensor_terms(spec, plan, seq_len, stage, act_bytes, gradient_bytes, loss_by
         yield _term("tp", "embedding and head", kind, hidden, tp, m * (first + last))
     yield _term("tp", "loss", "all_reduce", tokens * loss_bytes, tp, 3 * m * last)
     copied = sum(replicated(spec, plan, layer) for layer in layers)
-    if plan.sequence_parallel and first:
-        copied += norm(spec, spec.d_model) * spec.embedding_norm + parameters(spec).by_part["positions"]
-    if plan.sequence_parallel and last:
-        copied += norm(spec, spec.d_model) * spec.final_norm
+    if plan.sequence_parallel:
+        copied += first * (norm(spec, spec.d_model) * spec.embedding_norm + parameters(spec).by_part["positions"])
+        copied += last * norm(spec, spec.d_model) * spec.final_norm
     a_gradient = gradient_bytes / _shards(plan)
     yield _term("tp", "copied weights", "all_reduce", copied * a_gradient, tp)
     if spec.latent is None and spec.n_kv_heads < tp:

@@ -72,8 +72,7 @@ class Router(nn.Linear):
         gates = top.softmax(-1) if self.renormalise else logits.softmax(-1).gather(1, chosen)
         if self.training and self.capacity_factor is not None:
             n_experts = logits.shape[1]
-            capacity = -int(-self.capacity_factor * chosen.numel() // n_experts)
-            chosen = within_capacity(chosen, n_experts, capacity)
+            chosen = within_capacity(chosen, n_experts, -int(-self.capacity_factor * chosen.numel() // n_experts))
         return Routing(logits, chosen, gates)
 
 
@@ -135,8 +134,7 @@ def routings(model: nn.Module) -> Iterator[list[Routing]]:
     One Routing a mixture layer; a layer that is recomputed in the backward pass is seen twice.
     """
     seen: list[Routing] = []
-    hooks = [m.register_forward_hook(lambda _m, _x, out: seen.append(out)) for m in model.modules()
-             if isinstance(m, Router)]
+    hooks = [m.register_forward_hook(lambda _m, _x, out: seen.append(out)) for m in model.modules() if isinstance(m, Router)]
     try:
         yield seen
     finally:
