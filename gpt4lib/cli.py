@@ -1,7 +1,5 @@
 """`gpt4lib COMMAND ...`: the calculator on a command line. Tables for people, --json for machines."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -4,8 +4,6 @@ Expected values are computed from the library when asked, never stored, so a pro
 away from the chapter it belongs to.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Callable

@@ -7,8 +7,6 @@ as much as it sends. A size that n does not divide is padded in practice; the fi
 whole.
 """
 
-from __future__ import annotations
-
 from typing import Iterator, NamedTuple
 
 from gpt4lib.analysis.memory import stage_parameters

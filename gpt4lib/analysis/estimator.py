@@ -6,8 +6,6 @@ Nothing else is fitted. It follows the frameworks whose runs were published wher
 otherwise: FSDP scatters gradients after every micro-batch, and a stage sends each hidden state once, in tp parts.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from typing import NamedTuple

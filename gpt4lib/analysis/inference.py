@@ -1,7 +1,5 @@
 """The least time one decode step can take: the bytes it must read, or the arithmetic it must do."""
 
-from __future__ import annotations
-
 from gpt4lib.analysis import flops, memory, roofline
 from gpt4lib.analysis.parameters import parameters
 from gpt4lib.specs.hardware import DeviceSpec, dtype_bytes

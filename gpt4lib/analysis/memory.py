@@ -1,7 +1,5 @@
 """How many bytes: weights, KV cache, and what one device holds while training or serving."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Callable
 

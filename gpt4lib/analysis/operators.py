@@ -1,7 +1,5 @@
 """What one layer asks of one device for one micro-batch: arithmetic, bytes and kernels, before any efficiency."""
 
-from __future__ import annotations
-
 from typing import Iterator, NamedTuple
 
 from gpt4lib.analysis import flops

@@ -1,7 +1,5 @@
 """How many parameters a spec has, by part: exact integers, total and active per token."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from gpt4lib.specs.model import LinearAttention, LatentAttention, ModelSpec

@@ -5,8 +5,6 @@ fp32 weights in one folder, the moments in two others, one after the other to sp
 absent: it is written beside and then renamed.
 """
 
-from __future__ import annotations
-
 import re
 import shutil
 import warnings

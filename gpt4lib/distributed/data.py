@@ -4,8 +4,6 @@ Each replica has its own micro-batches; gradients are averaged over replicas, th
 (Loshchilov and Hutter 2017, arXiv:1711.05101). ZeRO: Rajbhandari et al. 2020, arXiv:1910.02054, section 5.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """Parameters as one flat vector: what plain data parallelism and ZeRO-1 reduce in buckets and shard."""
 
-from __future__ import annotations
-
 from typing import Iterator, NamedTuple
 
 import torch

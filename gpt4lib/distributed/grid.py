@@ -1,7 +1,5 @@
 """The process grid: which rank stands where, and with whom it talks."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any

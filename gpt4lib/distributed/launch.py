@@ -3,8 +3,6 @@
 The one place that reads the environment: what torchrun tells each process.
 """
 
-from __future__ import annotations
-
 import faulthandler
 import inspect
 import multiprocessing

@@ -1,7 +1,5 @@
 """Which part of every parameter a rank holds, and the part of the model that it builds from those."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from functools import partial

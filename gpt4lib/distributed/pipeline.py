@@ -1,7 +1,5 @@
 """The pipeline itself: a replay of a `Schedule` by one rank, with its neighbours at the other end of each link."""
 
-from __future__ import annotations
-
 import contextlib
 import time
 from dataclasses import dataclass, field

@@ -3,8 +3,6 @@
 The real pipeline replays the same lists of actions (`pipeline.py`). Nothing here knows torch or time.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate

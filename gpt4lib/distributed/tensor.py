@@ -5,8 +5,6 @@ the weights, and the answers are summed on the way out. With sequence parallelis
 arXiv:2205.05198, section 4.2.2) the hidden states outside regions are split over the ranks along the tokens.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F

@@ -1,7 +1,5 @@
 """`torchrun --nproc-per-node 8 -m gpt4lib.distributed.train --tp 2 --pp 2 --dp 2 ...`: train a model on any layout."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

@@ -1,7 +1,5 @@
 """One training step on any layout: pipeline, sum, clip, step. What `train.py` repeats and the tests compare."""
 
-from __future__ import annotations
-
 import math
 from datetime import timedelta
 from typing import NamedTuple

@@ -4,8 +4,6 @@ All query heads of a key/value head, and all queries of a sequence, share one ti
 Dao et al. 2023, "Flash-Decoding for long-context inference"; Kwon et al. 2023, arXiv:2309.06180.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -4,8 +4,6 @@ One table serves both directions: for each tensor of theirs, the pieces of ours 
 loading one can run any code.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from itertools import chain, count

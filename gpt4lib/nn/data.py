@@ -1,7 +1,5 @@
 """Text and code that every Python carries, as bytes: enough to train a small model on without fetching anything."""
 
-from __future__ import annotations
-
 import bisect
 import hashlib
 import itertools

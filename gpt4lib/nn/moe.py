@@ -1,7 +1,5 @@
 """Feed-forward blocks, and a mixture of them with a learned router."""
 
-from __future__ import annotations
-
 import contextlib
 from typing import Iterator, NamedTuple
 

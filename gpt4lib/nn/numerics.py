@@ -1,7 +1,5 @@
 """What changes a model's numbers but none of its counts; a ModelSpec holds the rest."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import asdict, dataclass
 from typing import Any

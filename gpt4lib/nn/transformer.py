@@ -1,7 +1,5 @@
 """A decoder-only transformer built from a ModelSpec: small enough to read, complete enough to count."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import torch

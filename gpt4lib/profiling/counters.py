@@ -1,7 +1,5 @@
 """Counters on a live model. They look at tensors and operators, never at a formula."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode

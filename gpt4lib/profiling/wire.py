@@ -1,7 +1,5 @@
 """What goes over the wire: every collective torch.distributed is asked for, ours or PyTorch's own."""
 
-from __future__ import annotations
-
 from collections import Counter
 from typing import Any, NamedTuple
 

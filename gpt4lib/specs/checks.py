@@ -1,7 +1,5 @@
 """Checks that pass in silence, or say in one line what was given, what is accepted and the fix."""
 
-from __future__ import annotations
-
 from typing import Any, Collection
 
 

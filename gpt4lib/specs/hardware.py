@@ -1,7 +1,5 @@
 """What a device and a cluster *are*: dense peaks, memory, links; SI units as plain numbers."""
 
-from __future__ import annotations
-
 import math
 import os
 from dataclasses import dataclass, field, replace

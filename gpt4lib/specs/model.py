@@ -1,7 +1,5 @@
 """What a decoder-only transformer *is*: the numbers that decide its parameters, FLOPs and bytes."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields, replace
 from typing import Any, Mapping
 
@@ -136,7 +134,7 @@ class ModelSpec:
         require_counts(self, 1, *(f for f in ("head_dim", "window", "d_expert", "d_embed") if getattr(self, f) is not None))
         for f, accepted in (("positions", POSITIONS), ("norm", NORMS), ("qk_norm", QK_NORMS)):
             require_known(f, getattr(self, f), accepted)
-        for f in (f.name for f in fields(self) if f.type == "bool"):
+        for f in (f.name for f in fields(self) if f.type is bool):
             require(type(getattr(self, f)) is bool, f"{f}={getattr(self, f)!r} is not accepted; give true or false")
         self._check_experts()
         self._check_layers()

@@ -1,7 +1,5 @@
 """The presets: models, devices and clusters in TOML, each number with its source and status."""
 
-from __future__ import annotations
-
 import tomllib
 from dataclasses import dataclass
 from functools import lru_cache

@@ -1,7 +1,5 @@
 """How a model is laid out over devices."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from gpt4lib.specs.checks import require_counts, require_known
