@@ -15,7 +15,8 @@ from torch import Tensor
 
 from gpt4lib.nn.numerics import Llama3Rope, Numerics, positive
 from gpt4lib.nn.transformer import Transformer
-from gpt4lib.specs.model import ModelSpec
+from gpt4lib.specs import ModelSpec, huggingface
+from gpt4lib.specs.checks import require
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 SHARD = re.compile(r"model\d*-\d{5}-of-\d{5}\.safetensors")
@@ -111,8 +112,7 @@ def numerics_of(config: Mapping[str, Any]) -> Numerics:
                       (not config.get("scale_attn_weights", True), "scale_attn_weights=false; accepted: true"),
                       (config.get("add_cross_attention"), "add_cross_attention=true; accepted: false"),
                       (not config.get("multi_query", True), "multi_query=false; accepted: true")):
-        if bad:
-            raise ValueError(f"{family} config: this model does not compute {what}")
+        require(not bad, f"{family} config: this model does not compute {what}")
     eps = "rms_norm_eps" if llama else "layer_norm_epsilon"
     try:
         llama3 = [positive(key, rope.get(key)) for key in LLAMA3_KEYS] if kind == "llama3" else []
@@ -160,8 +160,7 @@ def _tensors(held: Mapping[str, Path]) -> Iterator[tuple[str, Tensor]]:
         with safe_open(file, "pt") as opened:
             for name in (n for n, f in held.items() if f == file):
                 kind = opened.get_slice(name).get_dtype()
-                if kind not in FLOATS:
-                    raise ValueError(f"tensor {name!r} in {file} is stored as {kind}; accepted: {', '.join(FLOATS)}")
+                require(kind in FLOATS, f"tensor {name!r} in {file} is stored as {kind}; accepted: {', '.join(FLOATS)}")
                 yield name, opened.get_tensor(name)
 
 
@@ -172,8 +171,7 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "
     Families: llama, mistral, mixtral, gpt_bigcode (multi-query), gpt2. Raises ValueError, one line naming the file
     and the tensor, for anything missing, unknown, of another shape, truncated or pickled.
     """
-    folder = Path(folder)
-    spec = ModelSpec.from_hf(folder)
+    folder, spec = Path(folder), ModelSpec.from_hf(Path(folder))
     config = json.loads((folder / "config.json").read_text("utf8"))
     family = config.get("model_type")
     if family not in FAMILIES:
@@ -212,23 +210,19 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "
 def config_of(model: Transformer) -> dict[str, Any]:
     """The config.json of a model that one of the families can express; ValueError otherwise."""
     s, numerics = model.spec, model.numerics
-    act = "gelu_pytorch_tanh" if numerics.gelu == "tanh" else "gelu"
     if s.positions == "learned":
-        family = dict(model_type="gpt_bigcode", multi_query=True) if s.n_kv_heads == 1 < s.n_heads else dict(model_type="gpt2")
-        config = dict(family, n_layer=s.n_layers, n_embd=s.d_model, n_head=s.n_heads, n_inner=s.d_ff, n_positions=s.context,
-                      activation_function=act, layer_norm_epsilon=numerics.norm_eps)
+        family = "gpt_bigcode" if s.n_kv_heads == 1 < s.n_heads else "gpt2"
+        config = dict(n_inner=s.d_ff, activation_function="gelu_pytorch_tanh" if numerics.gelu == "tanh" else "gelu",
+                      layer_norm_epsilon=numerics.norm_eps, **({"multi_query": True} if family == "gpt_bigcode" else {}))
     else:
-        config = dict(model_type="mixtral" if s.is_moe else "mistral" if s.window else "llama", num_hidden_layers=s.n_layers,
-                      hidden_size=s.d_model, num_attention_heads=s.n_heads, num_key_value_heads=s.n_kv_heads,
-                      head_dim=s.head_dim, intermediate_size=s.d_expert if s.is_moe else s.d_ff, hidden_act="silu",
-                      max_position_embeddings=s.context, rms_norm_eps=numerics.norm_eps, attention_bias=s.qkv_bias,
-                      mlp_bias=s.ffn_bias, sliding_window=s.window,
-                      rope_parameters={"rope_theta": numerics.rope_base, "rope_type": "default"})
-        if numerics.llama3 is not None:
-            config["rope_parameters"] |= {"rope_type": "llama3", **numerics.llama3.as_config()}
-        if s.is_moe:
-            config |= dict(num_local_experts=s.n_experts, num_experts_per_tok=s.top_k)
-    config |= dict(vocab_size=s.vocab_size, tie_word_embeddings=s.tied)
+        family = "mixtral" if s.is_moe else "mistral" if s.window else "llama"
+        llama3 = {} if numerics.llama3 is None else {"rope_type": "llama3", **numerics.llama3.as_config()}
+        config = dict(intermediate_size=s.d_expert if s.is_moe else s.d_ff, hidden_act="silu", sliding_window=s.window,
+                      rms_norm_eps=numerics.norm_eps,
+                      rope_parameters={"rope_theta": numerics.rope_base, "rope_type": "default", **llama3})
+    table = huggingface.FAMILIES[family].items()
+    named = {look.name: getattr(s, field) for field, look in table if isinstance(look, huggingface.Key)}
+    config = {"model_type": family, **named, **config}
     again = ModelSpec.from_hf(config).with_(name=s.name, d_ff=s.d_ff)
     different = [f for f in s.__dataclass_fields__ if getattr(again, f) != getattr(s, f)]
     if different or numerics_of(config) != numerics:
