@@ -21,6 +21,7 @@ from gpt4lib.distributed.data import KINDS
 from gpt4lib.distributed.layout import Piece, window
 from gpt4lib.distributed.trainer import Trainer
 from gpt4lib.nn.transformer import Transformer
+from gpt4lib.specs.checks import require
 
 COMPLETE = re.compile(r"step-(\d{8})")
 
@@ -73,8 +74,8 @@ def latest(folder: str | Path) -> Path | None:
 
 def steps_of(path: Path) -> int:
     """After how many steps it was written; ValueError for a folder of another name."""
-    if (name := COMPLETE.fullmatch(path.name)) is None:
-        raise ValueError(f"{path} is not a checkpoint; give a folder named step-NNNNNNNN, as `latest` does")
+    name = COMPLETE.fullmatch(path.name)
+    require(name, f"{path} is not a checkpoint; give a folder named step-NNNNNNNN, as `latest` does")
     return int(name[1])
 
 
@@ -87,8 +88,7 @@ def save(folder: str | Path, trainer: Trainer, keep: int = 2) -> Path:
     target = Path(folder) / f"step-{trainer.steps:08d}"
     if (last := latest(folder)) and steps_of(last) > trainer.steps:
         raise ValueError(f"{folder} holds {last.name}, later than step {trainer.steps}; give another folder, or remove it")
-    if keep < 1:
-        raise ValueError(f"keep={keep} is not accepted; give an integer >= 1")
+    require(keep >= 1, f"keep={keep} is not accepted; give an integer >= 1")
     partial = target.with_name(target.name + ".partial")
     if dist.get_rank() == 0:
         for old in Path(folder).glob("step-*.partial"):             # what a killed save left

@@ -1,5 +1,6 @@
 """Parameters as one flat vector: what plain data parallelism and ZeRO-1 reduce in buckets and shard."""
 
+from functools import partial
 from typing import Iterator, NamedTuple
 
 import torch
@@ -46,11 +47,10 @@ class Flat:
         self.gradients = torch.zeros(padded, dtype=gradient_dtype, device=like.device)
         step = max(bucket_bytes // self.gradients.element_size() // self.n, 1) * self.n
         self.buckets = [(a, min(a + step, padded)) for a in range(0, padded, step)]
-        for _, p, start, stop in self.segments:
-            self.weights[start:stop] = p.detach().flatten()
-            p.data = self.weights[start:stop].view_as(p)
-            p.register_post_accumulate_grad_hook(self._arrived)
-        self.place = {id(s.parameter): s for s in self.segments}
+        for s in self.segments:
+            self.weights[s.start:s.stop] = s.parameter.detach().flatten()
+            s.parameter.data = self.weights[s.start:s.stop].view_as(s.parameter)
+            s.parameter.register_post_accumulate_grad_hook(partial(self._arrived, s))
         # where the rank's parts lie in the vector
         self.mine = [(a + (b - a) // self.n * self.rank, a + (b - a) // self.n * (self.rank + 1))
                      for a, b in self.buckets] if zero else [(0, self.length)]
@@ -76,21 +76,18 @@ class Flat:
         self.seen = {s.name: 0 for s in self.segments}
         self.works: list = []
 
-    def _arrived(self, p: nn.Parameter) -> None:
-        s = self.place[id(p)]
+    def _arrived(self, s: Segment, p: nn.Parameter) -> None:
         self.gradients[s.start:s.stop].add_(p.grad.flatten())
         p.grad = None
         self.seen[s.name] += 1
         if self.seen[s.name] == self.n_micro:
             self._launch()
 
-    def _ready(self, s: Segment) -> bool:
-        return self.seen[s.name] >= self.n_micro and not self.pieces[s.name].partial
-
     def _launch(self, force: bool = False) -> None:
         """Start reducing every next bucket whose gradients are final; always in the same order on all ranks."""
         while self.n > 1 and len(self.works) < len(self.buckets):
-            if not force and not all(map(self._ready, self.waiting[len(self.works)])):
+            if not force and any(self.seen[s.name] < self.n_micro or self.pieces[s.name].partial
+                                 for s in self.waiting[len(self.works)]):
                 return
             a, b = self.buckets[len(self.works)]
             if self.zero:
@@ -100,9 +97,8 @@ class Flat:
                 mine, work = None, dist.all_reduce(self.gradients[a:b], group=self.group, async_op=True)
             self.works.append((work, mine))
 
-    def partial_gradients(self) -> Iterator[tuple[Piece, Tensor]]:
-        for name, _, start, stop in self.segments:
-            yield self.pieces[name], self.gradients[start:stop]
+    def partial_gradients(self) -> list[tuple[Piece, Tensor]]:
+        return [(self.pieces[s.name], self.gradients[s.start:s.stop]) for s in self.segments]
 
     def reduce(self) -> None:
         """Start what is left, wait for all, and give the mean over replicas to the optimizer."""

@@ -8,7 +8,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import NamedTuple, Sequence
 
-from gpt4lib.specs.checks import require_counts, require_known
+from gpt4lib.specs.checks import require, require_counts, require_known
 from gpt4lib.specs.workload import SCHEDULES
 
 
@@ -102,9 +102,8 @@ class Schedule:
         """ValueError in plain words unless every stage does everything once, in an order that can be run."""
         every = set(self.forwards) | set(self.backwards)
         for stage in range(self.n_stages):
-            order = self.order(stage)
-            if len(order) != len(every) or set(order) != every:
-                raise ValueError(f"stage {stage} does not run every forward and backward exactly once")
+            once = sorted(self.order(stage)) == sorted(every)
+            require(once, f"stage {stage} does not run every forward and backward exactly once")
         self.simulate()
 
     def simulate(self, forward: float = 1, backward: float = 2, layers: Sequence[float] | None = None) -> list[Span]:

@@ -8,7 +8,7 @@ import time
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Sequence
 
 import torch
 import torch.distributed as dist
@@ -23,10 +23,9 @@ from gpt4lib.distributed.trainer import StepResult, Trainer
 from gpt4lib.nn import data
 from gpt4lib.nn.numerics import positive
 from gpt4lib.profiling import count_wire, forward_flop
+from gpt4lib.specs import DeviceSpec, ModelSpec, ParallelPlan
 from gpt4lib.specs.checks import require_known
-from gpt4lib.specs.hardware import DeviceSpec
-from gpt4lib.specs.model import ModelSpec
-from gpt4lib.specs.workload import RECOMPUTE, SCHEDULES, ParallelPlan
+from gpt4lib.specs.workload import RECOMPUTE, SCHEDULES
 
 # What is trained when nobody says what: GPT-4's shape as reported, at a size for one core.
 TOY = ModelSpec("toy", n_layers=4, d_model=64, n_heads=4, n_kv_heads=1, d_ff=128, vocab_size=256, context=256,
@@ -123,11 +122,9 @@ class Report:
     def __call__(self, step: int, result: StepResult, lr: float, seconds: float, sent: list[dict[str, int]] | None) -> None:
         if not self.speaks:
             return
-        record: dict[str, Any] = {"step": step, **result._asdict(), "lr": lr, "seconds": seconds,
-                                  "tokens_per_second": self.tokens / seconds, "flop_per_second": self.flop / seconds,
-                                  "mfu": self.peak and self.flop / seconds / self.peak}
-        if sent:
-            record["sent_bytes_by_rank"] = sent
+        record = {"step": step, **result._asdict(), "lr": lr, "seconds": seconds, "tokens_per_second": self.tokens / seconds,
+                  "flop_per_second": self.flop / seconds, "mfu": self.peak and self.flop / seconds / self.peak,
+                  **({"sent_bytes_by_rank": sent} if sent else {})}
         if self.args.metrics:
             with open(self.args.metrics, "a", encoding="utf8") as file:
                 file.write(json.dumps(record) + "\n")

@@ -59,13 +59,11 @@ class Router(nn.Linear):
         self.top_k, self.renormalise, self.jitter, self.capacity_factor = spec.top_k, renormalise, jitter, capacity_factor
 
     def forward(self, x: Tensor) -> Routing:
-        with torch.autocast(x.device.type, enabled=False):       # autocast would put the product back into bfloat16
-            return self._route(x.to(torch.promote_types(x.dtype, torch.float32)))
-
-    def _route(self, x: Tensor) -> Routing:
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
         if self.training and self.jitter:
             x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
-        logits = F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        with torch.autocast(x.device.type, enabled=False):       # autocast would put the product back into bfloat16
+            logits = F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
         top, chosen = logits.topk(self.top_k)
         gates = top.softmax(-1) if self.renormalise else logits.softmax(-1).gather(1, chosen)
         if self.training and self.capacity_factor is not None:

@@ -12,8 +12,7 @@ from gpt4lib.nn.moe import FeedForward, MoE
 from gpt4lib.nn.numerics import Numerics
 from gpt4lib.specs.model import ModelSpec
 
-NORMS = {"rmsnorm": nn.RMSNorm, "layernorm": nn.LayerNorm,
-         "layernorm_nobias": lambda d, eps: nn.LayerNorm(d, eps, bias=False)}
+NORMS = {"rmsnorm": nn.RMSNorm, "layernorm": nn.LayerNorm, "layernorm_nobias": partial(nn.LayerNorm, bias=False)}
 
 
 def initial(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
