@@ -11,9 +11,7 @@ from typing import Callable
 from gpt4lib import recorded
 from gpt4lib.analysis import collectives, flops, inference, memory, pipeline, roofline, scaling_laws
 from gpt4lib.analysis.parameters import parameters
-from gpt4lib.specs.hardware import DeviceSpec
-from gpt4lib.specs.model import ModelSpec
-from gpt4lib.specs.workload import ParallelPlan
+from gpt4lib.specs import DeviceSpec, ModelSpec, ParallelPlan
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,7 @@ from typing import Iterator, NamedTuple
 
 from gpt4lib.analysis.memory import stage_parameters
 from gpt4lib.analysis.parameters import linear, norm, parameters
-from gpt4lib.specs.model import ModelSpec
-from gpt4lib.specs.workload import ParallelPlan
+from gpt4lib.specs import ModelSpec, ParallelPlan
 
 
 def all_gather(size, n):
@@ -134,15 +133,14 @@ def _replica_terms(spec, plan, stage, weight_bytes, gradient_bytes) -> Iterator[
     count = stage_parameters(spec, plan, stage)
     apart = count["experts"] * (plan.ep > 1)
     for what, held, n in (("experts", apart, plan.dp // plan.ep), ("weights", sum(count.values()) - apart, plan.dp)):
+        padded = -(-held // n) * n
         if plan.zero_stage == 3:
             shards, copies = plan.shard or n, n // (plan.shard or n)
             passes = plan.n_micro_batches * (2 if plan.pp == 1 else 1)
             yield _term("dp", what, "all_gather", held * weight_bytes, shards, passes)
             yield _term("dp", what, "reduce_scatter", held * gradient_bytes, shards)
             yield _term("dp", what, "all_reduce", held * gradient_bytes / shards, copies)
-            continue
-        padded = -(-held // n) * n
-        if plan.zero_stage:
+        elif plan.zero_stage:
             yield _term("dp", what, "reduce_scatter", padded * gradient_bytes, n)
             yield _term("dp", what, "all_gather", padded * weight_bytes, n)
         else:

@@ -13,9 +13,7 @@ from typing import NamedTuple
 from gpt4lib.analysis import efficiency as eff
 from gpt4lib.analysis import flops, memory, operators, pipeline
 from gpt4lib.analysis.training import Estimate
-from gpt4lib.specs.hardware import ClusterSpec, dtype_bytes
-from gpt4lib.specs.model import ModelSpec
-from gpt4lib.specs.workload import ParallelPlan
+from gpt4lib.specs import ClusterSpec, ModelSpec, ParallelPlan, dtype_bytes
 
 TRAINED_IN = ("bf16", "fp16", "fp8")
 LOSS_BYTES = 54          # a logit is written, cast, compared, shifted, exponentiated, summed, divided, and back again

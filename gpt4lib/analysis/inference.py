@@ -2,9 +2,7 @@
 
 from gpt4lib.analysis import flops, memory, roofline
 from gpt4lib.analysis.parameters import parameters
-from gpt4lib.specs.hardware import DeviceSpec, dtype_bytes
-from gpt4lib.specs.model import ModelSpec
-from gpt4lib.specs.workload import ParallelPlan
+from gpt4lib.specs import DeviceSpec, ModelSpec, ParallelPlan, dtype_bytes
 
 
 def weights_read(spec: ModelSpec, batch):

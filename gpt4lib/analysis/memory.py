@@ -6,9 +6,7 @@ from typing import Callable
 from gpt4lib.analysis.elementwise import least
 from gpt4lib.analysis.parameters import linear, parameters
 from gpt4lib.analysis.pipeline import in_flight
-from gpt4lib.specs.hardware import DeviceSpec, dtype_bytes
-from gpt4lib.specs.model import ModelSpec
-from gpt4lib.specs.workload import ParallelPlan
+from gpt4lib.specs import DeviceSpec, ModelSpec, ParallelPlan, dtype_bytes
 
 # An fp32 master copy and two fp32 moments; Rajbhandari et al. 2020, arXiv:1910.02054, section 3.1.
 ADAM_BYTES = 12
@@ -81,10 +79,9 @@ def stage_spec(spec: ModelSpec, plan: ParallelPlan, stage: int) -> ModelSpec:
         latent = replace(latent, indexer=replace(latent.indexer, layers=share))
     return replace(
         spec, n_layers=len(held), layer_kinds=tuple(spec.layer_kinds[i] for i in held), moe_layers=moe,
-        n_heads=spec.n_heads // tp, n_kv_heads=max(spec.n_kv_heads // tp, 1), d_ff=spec.d_ff // tp,
-        vocab_size=-(-spec.vocab_size // tp), n_experts=spec.n_experts // plan.ep,
-        top_k=min(spec.top_k, spec.n_experts // plan.ep), linear=lin, latent=latent,
-        d_expert=spec.d_expert and spec.d_expert // tp, d_shared=spec.d_shared // tp,
+        n_heads=spec.n_heads // tp, n_kv_heads=max(spec.n_kv_heads // tp, 1), vocab_size=-(-spec.vocab_size // tp), linear=lin,
+        latent=latent, n_experts=spec.n_experts // plan.ep, top_k=min(spec.top_k, spec.n_experts // plan.ep),
+        d_ff=spec.d_ff // tp, d_expert=spec.d_expert and spec.d_expert // tp, d_shared=spec.d_shared // tp,
         embedding_norm=spec.embedding_norm and stage == 0, final_norm=spec.final_norm and stage == plan.pp - 1)
 
 

@@ -3,8 +3,7 @@
 from typing import Iterator, NamedTuple
 
 from gpt4lib.analysis import flops
-from gpt4lib.specs.model import ModelSpec
-from gpt4lib.specs.workload import ParallelPlan
+from gpt4lib.specs import ModelSpec, ParallelPlan
 
 
 class Product(NamedTuple):

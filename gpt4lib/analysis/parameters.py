@@ -4,8 +4,6 @@ from dataclasses import dataclass
 
 from gpt4lib.specs.model import LinearAttention, LatentAttention, ModelSpec
 
-PARTS = ("embedding", "positions", "attention", "ffn", "experts", "shared_experts", "router", "norms", "head")
-
 
 def linear(n_in: int, n_out: int, bias: bool = False) -> int:
     """Parameters of one matrix n_in x n_out, with or without a bias of n_out."""

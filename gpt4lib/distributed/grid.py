@@ -4,9 +4,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from gpt4lib.specs.checks import require_counts, require_known
-from gpt4lib.specs.model import ModelSpec
-from gpt4lib.specs.workload import ParallelPlan
+from gpt4lib.specs import ModelSpec, ParallelPlan
+from gpt4lib.specs.checks import require, require_counts, require_known
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -56,8 +55,7 @@ class ProcessGrid:
 
     def coordinates(self, rank: int) -> dict[str, int]:
         """{"pp": ..., "outer": ..., "inner": ..., "tp": ..., "dp": ...} of a rank."""
-        if not 0 <= rank < self.world_size:
-            raise ValueError(f"rank={rank} is not accepted; give 0 to {self.world_size - 1}")
+        require(0 <= rank < self.world_size, f"rank={rank} is not accepted; give 0 to {self.world_size - 1}")
         at, rest = {}, rank
         for axis, length in zip(reversed(AXES), reversed(self.shape)):
             rest, at[axis] = divmod(rest, length)

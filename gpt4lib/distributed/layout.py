@@ -16,8 +16,7 @@ from gpt4lib.distributed.tensor import (PartialLinear, enter, leave, region, voc
                                         vocab_parallel_embedding)
 from gpt4lib.nn.numerics import Numerics
 from gpt4lib.nn.transformer import Transformer, initial
-from gpt4lib.specs.model import ModelSpec
-from gpt4lib.specs.workload import ParallelPlan
+from gpt4lib.specs import ModelSpec, ParallelPlan
 
 REGIONS = re.compile(r"\.(attention|ffn|moe)\.")
 # The first pattern that matches a parameter's name says along which dimension tensor parallelism cuts it.

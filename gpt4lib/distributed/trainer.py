@@ -13,8 +13,7 @@ from gpt4lib.distributed.grid import connect
 from gpt4lib.distributed.layout import build, check
 from gpt4lib.distributed.pipeline import Pipeline, StepRecord
 from gpt4lib.nn.numerics import Numerics
-from gpt4lib.specs.model import ModelSpec
-from gpt4lib.specs.workload import ParallelPlan
+from gpt4lib.specs import ModelSpec, ParallelPlan
 
 
 class StepResult(NamedTuple):

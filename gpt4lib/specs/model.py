@@ -141,9 +141,8 @@ class ModelSpec:
 
     def _check_experts(self) -> None:
         if self.n_experts == 0:
-            require(self.top_k == 0 and self.d_shared == 0 and self.moe_layers is None,
-                    f"top_k={self.top_k}, d_shared={self.d_shared}, moe_layers={self.moe_layers} need n_experts >= 1; "
-                    f"for a dense model leave them out")
+            require(self.top_k == 0 and self.d_shared == 0 and self.moe_layers is None, f"top_k={self.top_k}, d_shared="
+                    f"{self.d_shared}, moe_layers={self.moe_layers} need n_experts >= 1; for a dense model leave them out")
             require(self.d_ff >= 1, f"d_ff={self.d_ff} is not accepted; a dense model needs d_ff >= 1")
             return
         require(1 <= self.top_k <= self.n_experts, f"top_k={self.top_k} is not accepted; give 1 to n_experts={self.n_experts}")

@@ -19,8 +19,7 @@ class Source:
 
 @lru_cache(maxsize=None)
 def _tables(kind: str) -> dict[str, dict[str, Any]]:
-    text = resources.files("gpt4lib.specs").joinpath("presets", f"{kind}.toml").read_text("utf8")
-    return tomllib.loads(text)
+    return tomllib.loads(resources.files("gpt4lib.specs").joinpath("presets", f"{kind}.toml").read_text("utf8"))
 
 
 def names(kind: str) -> tuple[str, ...]:
