@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Callable
 
 from gpt4lib import recorded
-from gpt4lib.analysis import collectives, flops, inference, memory, pipeline, roofline, scaling_laws
+from gpt4lib.analysis import collectives, cost, flops, inference, memory, pipeline, roofline, scaling_laws, training
 from gpt4lib.analysis.parameters import parameters
 from gpt4lib.specs import DeviceSpec, ModelSpec, ParallelPlan
 
@@ -110,6 +110,12 @@ PROBLEMS: dict[str, Problem] = {
                    lambda: _tensor_wait("h100-sxm", 8), 0.01),
     "3.6": Problem("8,192 x 2 rows of 10,752 numbers of 2 bytes leave, but for the sixteenth that stays; the answers come back.",
                    lambda: 2 * collectives.all_to_all(8192 * 2 * ModelSpec.preset("gpt-4").d_model * 2, 16)),
+    "4.1": Problem("2.15e25 over cards, seconds and 312e12.", lambda: training.mfu(2.15e25, 20_000, 95 * 86_400, 312e12), 0.005),
+    "4.2": Problem("6 N D over 1,024 x 312e12 x 0.45.", lambda: 6 * 175e9 * 300e9 / (1024 * 312e12 * 0.45) / 86_400, 0.01),
+    "4.3": Problem("63e6 over 8,192 x 55 x 24 hours.", lambda: 63e6 / (8192 * 55 * 24), 0.005),
+    "4.4": Problem("flops.forward(gpt4, 1, n, causal=True).total / n, with 32,768 and with 8,192.",
+                   lambda: flops.forward(_gpt4(), 1, 32768, causal=True).total / flops.forward(_gpt4(), 4, 8192, causal=True).total, 0.005),
+    "4.5": Problem("cost.goodput with llama, 60 and 10_800.", lambda: cost.goodput(25_000, 50_677, 60, 10_800).fraction, 0.01),
     "5.1": Problem("E (1 - (1 - k/E)^B) with E = 8, k = 2 and B = 16.", lambda: roofline.distinct_experts(8, 2, 16), 0.005),
     "5.2": Problem("The same formula divided by E: a fraction, not a count.",
                    lambda: roofline.distinct_experts(256, 8, 32) / 256, 0.005),

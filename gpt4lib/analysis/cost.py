@@ -75,5 +75,4 @@ def run(n_devices: int, step_seconds: float, tokens_per_step: float, tokens: flo
     if not 0 < useful <= 1:
         raise ValueError(f"useful={useful!r} is not accepted; give a fraction above 0 and up to 1")
     total = tokens / tokens_per_step * step_seconds / useful
-    return Run(total, device_hours(n_devices, total), dollars(n_devices, total, dollars_per_device_hour),
-               joules(n_devices, total, watts))
+    return Run(total, hours := device_hours(n_devices, total), hours * dollars_per_device_hour, joules(n_devices, total, watts))

@@ -18,6 +18,7 @@ class Efficiency:
     """Fractions of the datasheet and fixed costs in seconds and bytes."""
     matmul: Mapping[str, float] = field(hash=False)      # of the dense peak, in large products, by GPU generation
     attention: Mapping[str, float] = field(hash=False)   # of the dense peak, in fused attention kernels
+    fp8: float                       # of the 16-bit fraction, in fp8
     memory: float                    # of the memory bandwidth, for pointwise operators and the optimizer
     kernel_seconds: float            # each operator's start, gaps and ragged last wave
     link: float                      # of the links inside a node, in collectives
@@ -31,6 +32,7 @@ class Efficiency:
     framework_bytes: float           # CUDA context and communication buffers
     fragmentation: float             # of what is not state: blocks the allocator cannot reuse
     working_layers: float            # gradients in flight in the backward pass, in layers' activations
+    logit_bytes: float               # of a logit and its copies while the loss is computed
 
     def of(self, table: str, device: DeviceSpec) -> float:
         """A generation's fraction; one never fitted gets the lowest of those that were."""

@@ -60,7 +60,8 @@ class Estimator:
         self.gradient_dtype, self.gradient_bytes, self.two_gradients = gradient_dtype, dtype_bytes(gradient_dtype), two_gradients
         self.peak, half = device.peak_flop_rate(dtype), device.peak_flop_rate("bf16" if dtype == "fp8" else dtype)
         self.matmul, self.head = self.peak * k.of("matmul", device), half * k.of("matmul", device)
-        self.attention = half * k.of("attention", device)
+        self.matmul *= k.fp8 if dtype == "fp8" else 1
+        self.attention, self.casts = half * k.of("attention", device), 4 * (dtype == "fp8")
         self.bandwidth = device.memory_bandwidth * k.memory
         self.link, self.network = device.link_bandwidth * k.link, cluster.inter_node_bandwidth * k.network
         one = flops.forward(spec, 1, seq_len, causal=causal)
@@ -108,7 +109,8 @@ class Estimator:
         else:                                    # scale, mask, softmax: six passes over the scores, eight back
             scores = w.score_flop / self.matmul + 12 * w.scores / self.bandwidth
             scores_back = 2 * w.score_flop / self.matmul + 16 * w.scores / self.bandwidth
-        pointwise, launch = 2 * w.pointwise / self.bandwidth, w.kernels * k.kernel_seconds
+        casts = self.casts * (w.activations + w.weights) / self.bandwidth     # 2 bytes read, one written twice: for both layouts
+        pointwise, launch = 2 * w.pointwise / self.bandwidth + casts / 2.5, w.kernels * k.kernel_seconds
         sums = 2 * self.collective(2, 2 * w.hidden, plan.tp, 1)
         m = self.spec.latent
         kv = m.kv_rank + m.rope_dim if m else 2 * max(self.spec.n_kv_heads / plan.tp, 1) * self.spec.head_dim
@@ -195,7 +197,8 @@ class Estimator:
             if plan.zero_stage == 3:
                 ranks, copies = plan.shard or ranks, ranks // (plan.shard or ranks)
                 pieces = self.spec.n_layers // plan.pp + 1
-                traffic += m * pieces * (2 * self.collective(1, 2 * held / pieces, ranks, apart)
+                passes = m if plan.pp == 1 else 1          # a pipeline gathers once a step
+                traffic += passes * pieces * (2 * self.collective(1, 2 * held / pieces, ranks, apart)
                                          + self.collective(1, g * held / pieces, ranks, apart))
                 after += self.collective(2, g * held / ranks, copies, apart * ranks)
             elif plan.zero_stage == 2:
@@ -221,11 +224,12 @@ class Estimator:
         kept, largest = sum(n * bytes_kept for n, bytes_kept, _ in one), max(whole for *_, whole in one)
         flights = pipeline.in_flight(plan.pp, plan.n_micro_batches, stage, plan.n_chunks, plan.schedule)
         part["activations"] = flights * kept / plan.n_chunks
-        part["working"] = k.working_layers * largest + (largest if plan.recompute == "full" else 0)
-        tokens = plan.micro_batch * self.seq_len / plan.cp
-        part["logits"] = 2 * tokens * spec.vocab_size / plan.tp if stage == plan.pp - 1 else 0
-        part["gathered"] = 4 * piece if plan.zero_stage == 3 else 0        # two layers' weights, 16 bits
-        moving = part["activations"] + part["working"] + part["logits"] + part["gathered"]
+        working = k.working_layers * largest + (largest if plan.recompute == "full" else 0)
+        logits = k.logit_bytes * plan.micro_batch * self.seq_len / plan.cp * spec.vocab_size / plan.tp * (stage == plan.pp - 1)
+        part["working"] = max(working, logits)             # the loss is over when the last layer's backward pass begins
+        if plan.zero_stage == 3:         # two layers' weights; a pipeline keeps all of its own, and their gradients, to the last
+            part["gathered"] = 4 * (piece if plan.pp == 1 else count["rest"] + count["experts"])
+        moving = part["activations"] + part["working"] + part.get("gathered", 0)
         part["overhead"] = k.framework_bytes + k.fragmentation * moving
         return memory.MemoryUse(part)
 

@@ -206,7 +206,7 @@ def layer_activation_bytes(spec: ModelSpec, plan: ParallelPlan, seq_len: int, la
     evenly loaded). Their 34 + 5as/h is multi-head attention, a 4h block and dropout=True: two masks
     a token of one byte a channel, and a mask and a second copy of the scores. recompute "selective"
     keeps no scores; "full" keeps the layer's input alone. With `fused` attention no recipe keeps scores,
-    and "selective" instead recomputes norms and activation functions, of which it keeps the inputs.
+    and "selective" keeps what torchtitan's does: a block's input, attention's keys, values and output, and every second product.
     """
     tokens = plan.micro_batch * seq_len / plan.cp
     ranks = plan.tp if plan.sequence_parallel else 1      # SP splits what TP repeats
@@ -217,7 +217,8 @@ def layer_activation_bytes(spec: ModelSpec, plan: ParallelPlan, seq_len: int, la
         scores = 0
         if plan.recompute == "selective":
             whole -= 2 * spec.d_model
-            split -= spec.top_k * spec.d_expert + spec.d_shared if spec.is_moe_layer(layer) else spec.d_ff
+            wide = spec.top_k * spec.d_expert + spec.d_shared if spec.is_moe_layer(layer) else spec.d_ff
+            split -= wide * (2 if spec.gated_ffn else 1) + spec.q_width * (spec.latent is None)
     masks = 2 * spec.d_model if dropout else 0
     a_score = 0 if plan.recompute == "selective" else 5 if dropout else 2
     return tokens * ((2 * whole + masks) / ranks + (2 * split + a_score * scores) / plan.tp)

@@ -72,7 +72,7 @@ class Result:
 
     @property
     def document(self) -> str:
-        """Where the source stands: tables of one document, told apart in brackets, are not independent."""
+        """The document of the source; tables of one document, told apart in brackets, are not independent."""
         return self.source.split(" (")[0]
 
     @property
@@ -88,8 +88,7 @@ def read(path: str | Path) -> list[dict[str, Any]]:
     try:
         text = Path(path).read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'}); "
-                         f"give a CSV file") from None
+        raise ValueError(f"{path} cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'}); give a CSV file") from None
     reader = csv.DictReader(io.StringIO(text, newline=""))
     try:
         return _rows(path, reader)

@@ -2,10 +2,10 @@
 
 from gpt4lib.plotting.architecture import block_diagram, parameter_bar
 from gpt4lib.plotting.attention import head_sharing
-from gpt4lib.plotting.curves import active_total, shape_map
+from gpt4lib.plotting.curves import active_total, dots, shape_map
 from gpt4lib.plotting.lines import lines
 from gpt4lib.plotting.pipeline import pipeline
 from gpt4lib.plotting.style import COLORS, svg, use
 
-__all__ = ["COLORS", "active_total", "block_diagram", "head_sharing", "lines", "parameter_bar", "pipeline", "shape_map", "svg",
-           "use"]
+__all__ = ["COLORS", "active_total", "block_diagram", "dots", "head_sharing", "lines", "parameter_bar", "pipeline", "shape_map",
+           "svg", "use"]

@@ -1,7 +1,7 @@
 """Curves and scatter plots: a shape that follows from its counts, and models side by side."""
 
 import math
-from typing import Mapping, Sequence
+from typing import Callable, Mapping, Sequence
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -106,4 +106,26 @@ def active_total(points: Mapping[str, tuple[int, int]], highlight: str | None = 
     ticks = [10.0 ** e for e in range(round(math.log10(low)), round(math.log10(high)) + 1)]
     for axis in (axes.xaxis, axes.yaxis):
         style.ticks(axis, ticks)
+    return figure
+
+
+@style.styled
+def dots(rows: Mapping[str, tuple[Sequence[float], Sequence[float]]], x_label: str, x_ticks: Sequence[float], *,
+         log_x: bool = False, show: Callable[[float], str] = style.short, band: tuple[float, float] | None = None) -> Figure:
+    """A line of dots under each name: label -> (values drawn full, values drawn as rings).
+
+    The ticks are the limits too; a value beyond them becomes a triangle at the edge. `band` shades what is claimed.
+    """
+    figure, axes = style.canvas(0.75 + 0.46 * len(rows), left=0.2, right=0.3, bottom=0.6, top=0.1)
+    low, high = x_ticks[0], x_ticks[-1]
+    axes.set(xscale="log" if log_x else "linear", xlim=(low, high), ylim=(len(rows) - 0.3, -0.75), yticks=[], xlabel=x_label)
+    if band:
+        axes.axvspan(*band, color=style.COLORS["kv_cache"], alpha=0.25, linewidth=0)
+    for y, (label, kinds) in enumerate(rows.items()):
+        axes.text(low, y - 0.38, f" {label}", va="center_baseline")
+        for x, meaning, fill in [(x, *how) for xs, how in zip(kinds, (("weights", "full"), ("communication", "none"))) for x in xs]:
+            axes.plot(min(max(x, low), high), y, "<" if x < low else ">" if x > high else "o", fillstyle=fill,
+                      color=style.COLORS[meaning], markersize=6, clip_on=False, gid=label)
+    style.ticks(axes.xaxis, x_ticks, show)
+    axes.spines["left"].set_visible(False)
     return figure

@@ -63,8 +63,8 @@ class ParallelPlan:
         """ValueError, one line, if the cluster has too few devices for this plan."""
         if self.n_devices > cluster.n_devices:
             cp = f" x cp={self.cp}" if self.cp > 1 else ""
-            raise ValueError(f"tp={self.tp} x pp={self.pp} x dp={self.dp}{cp} needs {self.n_devices:,} devices, cluster "
-                             f"{cluster.name} has {cluster.n_devices:,}; lower one of the degrees")
+            raise ValueError(f"tp={self.tp} x pp={self.pp} x dp={self.dp}{cp} needs {self.n_devices:,} devices, "
+                             f"cluster {cluster.name} has {cluster.n_devices:,}; lower one of the degrees")
 
     def check(self, spec: ModelSpec) -> None:
         """ValueError, one line, if this plan cannot hold the model."""
@@ -76,8 +76,8 @@ class ParallelPlan:
             if value % self.tp:
                 raise ValueError(f"{name}={value} is not divisible by tp={self.tp}; choose a tp that divides it")
         if spec.latent is None and spec.n_kv_heads % self.tp and self.tp % spec.n_kv_heads:
-            raise ValueError(f"n_kv_heads={spec.n_kv_heads} neither divides nor is divided by "
-                             f"tp={self.tp}; key/value heads are split or copied evenly")
+            raise ValueError(f"n_kv_heads={spec.n_kv_heads} neither divides nor is divided by tp={self.tp}; "
+                             f"key/value heads are split or copied evenly")
         if self.pp * self.n_chunks > spec.n_layers:
             chunks = f" x n_chunks={self.n_chunks}" if self.n_chunks > 1 else ""
             raise ValueError(f"pp={self.pp}{chunks} is more than n_layers={spec.n_layers}; a stage needs a layer")

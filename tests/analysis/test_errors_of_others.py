@@ -146,7 +146,8 @@ def test_each_zero_stage_shards_one_part_more():
 def test_activations_and_overhead_are_in_the_estimate():
     """DeepSpeed #4527: 0.49 GB estimated, 20 GB measured; cookbook asks its readers to explain 5 GiB."""
     part = estimate(ModelSpec.preset("gpt-2"), ParallelPlan(dp=8, zero_stage=3, micro_batch=32), 1024).memory.by_part
-    assert part["activations"] > 10 * part["weights"] and part["overhead"] > 1e9 and part["logits"] > 0
+    assert part["activations"] > 10 * part["weights"] and part["overhead"] > 1e9
+    assert part["working"] > 4 * 32 * 1024 * 50_257                             # the logits in fp32 at least
 
 
 def test_shards_are_gathered_only_where_there_are_shards():

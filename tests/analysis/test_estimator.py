@@ -13,7 +13,7 @@ PLAN = ParallelPlan(tp=8, pp=8, dp=4, n_micro_batches=16, sequence_parallel=True
 # Datasheet speeds, nothing late, nothing hidden: then every term is a closed form.
 IDEAL = efficiency.Efficiency(matmul={"ampere": 1.0}, attention={"ampere": 1.0}, memory=1e9, kernel_seconds=0, link=1, network=1,
                               link_hop_seconds=0, network_hop_seconds=0, tensor_overlap=0, shard_overlap=0, step_seconds=0,
-                              straggling=0, framework_bytes=0, fragmentation=0, working_layers=0)
+                              straggling=0, framework_bytes=0, fragmentation=0, working_layers=0, logit_bytes=0, fp8=1)
 
 
 def ideal(spec=GPT3, **more):
@@ -224,3 +224,8 @@ def test_nonsense_is_one_line(make, words):
     with pytest.raises(ValueError, match=words) as error:
         make()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("plan", [ParallelPlan(), ParallelPlan(tp=8, dp=124, zero_stage=3, micro_batch=8, recompute="full")])
+def test_without_a_pipeline_there_is_no_bubble_not_even_of_rounding(plan):
+    assert Estimator(GPT3, A100, 2048).estimate(plan).by_term["bubble"] == 0

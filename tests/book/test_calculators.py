@@ -12,7 +12,7 @@ import re
 
 import pytest
 
-from gpt4lib.analysis import collectives, flops, memory, pipeline, roofline, scaling_laws
+from gpt4lib.analysis import collectives, cost, flops, memory, pipeline, roofline, scaling_laws, training
 from gpt4lib.analysis.parameters import parameters
 from gpt4lib.specs import DeviceSpec, ModelSpec, ParallelPlan
 
@@ -152,6 +152,26 @@ def test_chapter_3_formulas_are_the_library_s():
         ParallelPlan(tp=v["t"], pp=v["p"], dp=v["r"]).check(m)
 
 
+def test_chapter_4_formulas_are_the_library_s():
+    (form,) = forms(ROOT / "chapters" / "04_training_cost.ipynb")
+    dice = random.Random(1)
+    cases = [form.inputs, *form.presets.values()]
+    for _ in range(50):
+        cases.append(dict(N=dice.randint(1, 2000), D=dice.randint(1, 20_000), n=dice.randint(1, 99_999), p=dice.randint(1, 5000),
+                          u=dice.randint(1, 100), g=dice.randint(1, 100), c=dice.randint(1, 1000)))
+    for v in cases:
+        work = flops.training(v["N"] * 1e9, v["D"] * 1e9)
+        seconds = training.seconds(work, v["n"], v["p"] * 1e12, v["u"] / 100) * 100 / v["g"]
+        library = {"work, 10²⁴ FLOP": work / 1e24, "days": seconds / training.SECONDS_PER_DAY,
+                   "GPU-hours": cost.device_hours(v["n"], seconds), "dollars": cost.dollars(v["n"], seconds, v["c"] / 100)}
+        assert all(ours == pytest.approx(theirs, rel=1e-12) for ours, theirs in computed(form, v, library)), v
+    for name, v in form.presets.items():
+        model, _, device = name.partition(" on ")
+        active = parameters(ModelSpec.preset(model)).active / 1e9
+        peak = DeviceSpec.preset({"A100s": "a100-80gb", "H100s": "h100-sxm"}[device]).peak["bf16"]
+        assert v["N"] == pytest.approx(active, rel=0.01) and v["p"] == int(peak / 1e12)
+
+
 def test_chapter_5_formulas_are_the_library_s():
     (form,) = forms(ROOT / "chapters" / "05_mixture_of_experts.ipynb")
     dice = random.Random(1)
@@ -199,7 +219,7 @@ def test_without_javascript_the_page_shows_the_first_preset():
         assert float(number) * units[unit] == pytest.approx(value, rel=5e-3)     # printed digits
 
 
-@pytest.mark.parametrize("chapter", ["02_dataset", "03_parallelism", "05_mixture_of_experts", "08_multi_query_attention"])
+@pytest.mark.parametrize("chapter", ["02_dataset", "03_parallelism", "04_training_cost", "05_mixture_of_experts", "08_multi_query_attention"])
 def test_without_javascript_the_page_shows_what_its_formulas_give(chapter):
     (form,) = forms(ROOT / "chapters" / f"{chapter}.ipynb")
     units = {"": 1, "k": 1e3, "M": 1e6, "B": 1e9, "kB": 1e3, "MB": 1e6, "GB": 1e9, "T": 1e12, "%": 0.01}

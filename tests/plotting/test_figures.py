@@ -35,12 +35,15 @@ def chart(name):
         case "lines":
             return plotting.lines({"a": ([1, 10, 100], [1, 2, 3]), "b": ([1, 10], [3, 1])}, "x", "y", x_ticks=[1, 10, 100],
                                   log_x=True, y_ticks=[0, 2, 4], rules={"limit": 2.5}, at={"b": (2, 1)}, marks=True)
+        case "dots":
+            return plotting.dots({"a source": ([0.9, 1.1], [1.0]), "another": ([0.1, 7.0], [])}, "x", [0.5, 1, 2], log_x=True,
+                                 band=(0.8, 1.2))
         case "active":
             return plotting.active_total({"gpt-4": (count.total, count.active),
                                           "dense": (175 * 10 ** 9, 175 * 10 ** 9)}, "gpt-4")
 
 
-CHARTS = ("bar", "block", "dense block", "shape", "lines", "active")
+CHARTS = ("bar", "block", "dense block", "shape", "lines", "dots", "active")
 
 
 def marks(figure):
@@ -202,3 +205,10 @@ def test_lines_pass_through_their_points_and_carry_their_own_colour():
 def test_a_logarithmic_axis_from_zero_is_refused():
     with pytest.raises(ValueError, match="a first tick > 0"):
         plotting.lines({"a": ([1], [1])}, "x", "y", x_ticks=[0, 1], log_x=True, y_ticks=[0, 1])
+
+
+def test_dots_stand_at_their_values_and_outliers_at_the_edge_as_triangles():
+    lines = [line for line in chart("dots").axes[0].lines if line.get_gid()]
+    drawn = [(line.get_gid(), line.get_xdata()[0], line.get_marker()) for line in lines]
+    assert drawn == [("a source", 0.9, "o"), ("a source", 1.1, "o"), ("a source", 1.0, "o"), ("another", 0.5, "<"), ("another", 2, ">")]
+    assert [line.get_fillstyle() for line in lines[:3]] == ["full", "full", "none"]
