@@ -8,17 +8,11 @@ from importlib import import_module as _import_module
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "ModelSpec": "specs.model",
-    "DeviceSpec": "specs.hardware", "ClusterSpec": "specs.hardware", "ParallelPlan": "specs.workload",
-    "parameters": "analysis.parameters", "ParameterCount": "analysis.parameters",
-    "Estimator": "analysis.estimator",
-}
-_MODULES = {"flops": "analysis.flops", "memory": "analysis.memory", "roofline": "analysis.roofline",
-            "inference": "analysis.inference", "collectives": "analysis.collectives", "pipeline": "analysis.pipeline",
-            "training": "analysis.training", "planner": "analysis.planner", "validation": "analysis.validation",
-            "cost": "analysis.cost", "scaling_laws": "analysis.scaling_laws", "recorded": "recorded",
-            "ledger": "ledger", "plotting": "plotting"}
+_HOMES = {"ModelSpec": "specs", "DeviceSpec": "specs", "ClusterSpec": "specs", "ParallelPlan": "specs",
+          "parameters": "analysis.parameters", "ParameterCount": "analysis.parameters", "Estimator": "analysis.estimator"}
+_ANALYSES = ("flops", "memory", "roofline", "inference", "collectives", "pipeline", "training", "planner", "validation", "cost",
+             "scaling_laws")
+_MODULES = {name: f"analysis.{name}" for name in _ANALYSES} | {name: name for name in ("recorded", "ledger", "plotting")}
 __all__ = [*_HOMES, *_MODULES]
 
 

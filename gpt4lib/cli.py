@@ -1,7 +1,5 @@
 """`gpt4lib COMMAND ...`: the calculator on a command line. Tables for people, --json for machines."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
@@ -51,7 +49,8 @@ def _plan(args: argparse.Namespace, **more: int) -> Any:
     return ParallelPlan(sequence_parallel=args.sequence_parallel, **more, **{k: v for k, v in given.items() if v is not None})
 
 
-def _counted(args: argparse.Namespace, *names: str, least: float = 1) -> None:
+def counted(args: argparse.Namespace, *names: str, least: float = 1) -> None:
+    """ValueError, one line, for an option that is given and below `least`, infinite or no number."""
     for name in names:
         value = getattr(args, name)
         if value is not None and not least <= value < float("inf"):
@@ -76,7 +75,7 @@ def _bytes(use: Any, device: Any) -> tuple[dict[str, float], str]:
 def memory(args: argparse.Namespace) -> tuple[Any, str]:
     """Bytes on the fullest device, training or (--kv) serving."""
     from gpt4lib.analysis import memory as m
-    _counted(args, "context", "batch", "dp", "n_micro_batches")
+    counted(args, "context", "batch", "dp", "n_micro_batches")
     from gpt4lib.specs.hardware import DeviceSpec
     spec, device = ModelSpec.load(args.model), DeviceSpec.preset(args.device)
     plan, context = _plan(args, dp=args.dp, n_micro_batches=args.n_micro_batches), args.context or spec.context
@@ -92,8 +91,8 @@ def train(args: argparse.Namespace) -> tuple[Any, str]:
     """Time, money and memory of a training run, under a given layout or the best one."""
     from dataclasses import asdict
     from gpt4lib.analysis import cost, planner
-    _counted(args, "context", "batch", "gpus", "tokens")
-    _counted(args, "price", "mtbf", "checkpoint_seconds", "restart_seconds", least=1e-9)
+    counted(args, "context", "batch", "gpus", "tokens")
+    counted(args, "price", "mtbf", "checkpoint_seconds", "restart_seconds", least=1e-9)
     estimator = _estimator(args, ModelSpec.load(args.model))
     near = max(round(4e6 / estimator.seq_len), 1)
     batch = args.batch or (near - near % args.gpus if near > args.gpus else near)
@@ -128,7 +127,7 @@ def plan(args: argparse.Namespace) -> tuple[Any, str]:
     """The best layouts, and why each of the others loses."""
     from dataclasses import asdict
     from gpt4lib.analysis import planner
-    _counted(args, "context", "batch", "gpus", "top")
+    counted(args, "context", "batch", "gpus", "top")
     estimator = _estimator(args, ModelSpec.load(args.model))
     found = planner.search(estimator, args.gpus, args.batch)
     shown = found.fitting[:args.top] or [found.best]

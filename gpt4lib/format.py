@@ -1,7 +1,5 @@
 """The one place where plain numbers become text: SI prefixes, units, tables."""
 
-from __future__ import annotations
-
 import math
 from typing import Sequence
 

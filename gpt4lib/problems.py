@@ -4,8 +4,6 @@ Expected values are computed from the library when asked, never stored, so a pro
 away from the chapter it belongs to.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Callable
@@ -13,9 +11,7 @@ from typing import Callable
 from gpt4lib import recorded
 from gpt4lib.analysis import collectives, cost, flops, inference, memory, pipeline, roofline, scaling_laws, training
 from gpt4lib.analysis.parameters import parameters
-from gpt4lib.specs.hardware import DeviceSpec
-from gpt4lib.specs.model import ModelSpec
-from gpt4lib.specs.workload import ParallelPlan
+from gpt4lib.specs import DeviceSpec, ModelSpec, ParallelPlan
 
 
 @dataclass(frozen=True)

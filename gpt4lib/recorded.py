@@ -1,7 +1,5 @@
 """Measurements recorded by `benchmarks/`, with the machine and date they belong to; chapters quote these files."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

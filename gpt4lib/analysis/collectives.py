@@ -7,14 +7,11 @@ as much as it sends. A size that n does not divide is padded in practice; the fi
 whole.
 """
 
-from __future__ import annotations
-
 from typing import Iterator, NamedTuple
 
 from gpt4lib.analysis.memory import stage_parameters
 from gpt4lib.analysis.parameters import linear, norm, parameters
-from gpt4lib.specs.model import ModelSpec
-from gpt4lib.specs.workload import ParallelPlan
+from gpt4lib.specs import ModelSpec, ParallelPlan
 
 
 def all_gather(size, n):
@@ -103,10 +100,9 @@ def _tensor_terms(spec, plan, seq_len, stage, act_bytes, gradient_bytes, loss_by
         yield _term("tp", "embedding and head", kind, hidden, tp, m * (first + last))
     yield _term("tp", "loss", "all_reduce", tokens * loss_bytes, tp, 3 * m * last)
     copied = sum(replicated(spec, plan, layer) for layer in layers)
-    if plan.sequence_parallel and first:
-        copied += norm(spec, spec.d_model) * spec.embedding_norm + parameters(spec).by_part["positions"]
-    if plan.sequence_parallel and last:
-        copied += norm(spec, spec.d_model) * spec.final_norm
+    if plan.sequence_parallel:
+        copied += first * (norm(spec, spec.d_model) * spec.embedding_norm + parameters(spec).by_part["positions"])
+        copied += last * norm(spec, spec.d_model) * spec.final_norm
     a_gradient = gradient_bytes / _shards(plan)
     yield _term("tp", "copied weights", "all_reduce", copied * a_gradient, tp)
     if spec.latent is None and spec.n_kv_heads < tp:
@@ -137,15 +133,14 @@ def _replica_terms(spec, plan, stage, weight_bytes, gradient_bytes) -> Iterator[
     count = stage_parameters(spec, plan, stage)
     apart = count["experts"] * (plan.ep > 1)
     for what, held, n in (("experts", apart, plan.dp // plan.ep), ("weights", sum(count.values()) - apart, plan.dp)):
+        padded = -(-held // n) * n
         if plan.zero_stage == 3:
             shards, copies = plan.shard or n, n // (plan.shard or n)
             passes = plan.n_micro_batches * (2 if plan.pp == 1 else 1)
             yield _term("dp", what, "all_gather", held * weight_bytes, shards, passes)
             yield _term("dp", what, "reduce_scatter", held * gradient_bytes, shards)
             yield _term("dp", what, "all_reduce", held * gradient_bytes / shards, copies)
-            continue
-        padded = -(-held // n) * n
-        if plan.zero_stage:
+        elif plan.zero_stage:
             yield _term("dp", what, "reduce_scatter", padded * gradient_bytes, n)
             yield _term("dp", what, "all_gather", padded * weight_bytes, n)
         else:

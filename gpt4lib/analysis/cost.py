@@ -1,7 +1,5 @@
 """Money and energy from device hours, and what failures leave of them. Plain arithmetic takes arrays too."""
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

@@ -4,8 +4,6 @@ They are fitted, once, by `tools/fit_efficiency.py` to the half of the published
 `validation.is_fitted` picks; `efficiency.toml` holds them with the errors on the other half.
 """
 
-from __future__ import annotations
-
 import tomllib
 from dataclasses import dataclass, field
 from functools import lru_cache

@@ -1,7 +1,5 @@
 """The smaller and the larger of two integers in plain arithmetic, so that arrays work too."""
 
-from __future__ import annotations
-
 
 def least(a, b):
     """min(a, b), of integers, element by element."""

@@ -6,8 +6,6 @@ Nothing else is fitted. It follows the frameworks whose runs were published wher
 otherwise: FSDP scatters gradients after every micro-batch, and a stage sends each hidden state once, in tp parts.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from typing import NamedTuple
@@ -15,9 +13,7 @@ from typing import NamedTuple
 from gpt4lib.analysis import efficiency as eff
 from gpt4lib.analysis import flops, memory, operators, pipeline
 from gpt4lib.analysis.training import Estimate
-from gpt4lib.specs.hardware import ClusterSpec, dtype_bytes
-from gpt4lib.specs.model import ModelSpec
-from gpt4lib.specs.workload import ParallelPlan
+from gpt4lib.specs import ClusterSpec, ModelSpec, ParallelPlan, dtype_bytes
 
 TRAINED_IN = ("bf16", "fp16", "fp8")
 LOSS_BYTES = 54          # a logit is written, cast, compared, shifted, exponentiated, summed, divided, and back again

@@ -6,8 +6,6 @@ for its router, its shared experts and top_k routed ones, never for all. A backw
 the forward (`backward`).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from gpt4lib.analysis.elementwise import least, most

@@ -1,12 +1,8 @@
 """The least time one decode step can take: the bytes it must read, or the arithmetic it must do."""
 
-from __future__ import annotations
-
 from gpt4lib.analysis import flops, memory, roofline
 from gpt4lib.analysis.parameters import parameters
-from gpt4lib.specs.hardware import DeviceSpec, dtype_bytes
-from gpt4lib.specs.model import ModelSpec
-from gpt4lib.specs.workload import ParallelPlan
+from gpt4lib.specs import DeviceSpec, ModelSpec, ParallelPlan, dtype_bytes
 
 
 def weights_read(spec: ModelSpec, batch):

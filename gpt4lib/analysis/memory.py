@@ -1,15 +1,12 @@
 """How many bytes: weights, KV cache, and what one device holds while training or serving."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
+from typing import Callable
 
 from gpt4lib.analysis.elementwise import least
 from gpt4lib.analysis.parameters import linear, parameters
 from gpt4lib.analysis.pipeline import in_flight
-from gpt4lib.specs.hardware import DeviceSpec, dtype_bytes
-from gpt4lib.specs.model import ModelSpec
-from gpt4lib.specs.workload import ParallelPlan
+from gpt4lib.specs import DeviceSpec, ModelSpec, ParallelPlan, dtype_bytes
 
 # An fp32 master copy and two fp32 moments; Rajbhandari et al. 2020, arXiv:1910.02054, section 3.1.
 ADAM_BYTES = 12
@@ -73,8 +70,7 @@ def stage_spec(spec: ModelSpec, plan: ParallelPlan, stage: int) -> ModelSpec:
     are replicated.
     """
     held, tp = plan.layers_of(spec.n_layers, stage), plan.tp
-    moe = spec.moe_layers if spec.moe_layers is None else tuple(
-        i for i, layer in enumerate(held) if layer in spec.moe_layers)
+    moe = spec.moe_layers and tuple(i for i, layer in enumerate(held) if layer in spec.moe_layers)
     lin, latent = spec.linear, spec.latent
     if lin is not None and "linear" in spec.layer_kinds:
         lin = replace(lin, n_key_heads=lin.n_key_heads // tp, n_value_heads=lin.n_value_heads // tp)
@@ -83,12 +79,10 @@ def stage_spec(spec: ModelSpec, plan: ParallelPlan, stage: int) -> ModelSpec:
         latent = replace(latent, indexer=replace(latent.indexer, layers=share))
     return replace(
         spec, n_layers=len(held), layer_kinds=tuple(spec.layer_kinds[i] for i in held), moe_layers=moe,
-        n_heads=spec.n_heads // tp, n_kv_heads=max(spec.n_kv_heads // tp, 1), d_ff=spec.d_ff // tp,
-        vocab_size=-(-spec.vocab_size // tp), n_experts=spec.n_experts // plan.ep,
-        top_k=min(spec.top_k, spec.n_experts // plan.ep), linear=lin, latent=latent,
-        d_expert=spec.d_expert and spec.d_expert // tp, d_shared=spec.d_shared // tp,
-        embedding_norm=spec.embedding_norm and stage == 0,
-        final_norm=spec.final_norm and stage == plan.pp - 1)
+        n_heads=spec.n_heads // tp, n_kv_heads=max(spec.n_kv_heads // tp, 1), vocab_size=-(-spec.vocab_size // tp), linear=lin,
+        latent=latent, n_experts=spec.n_experts // plan.ep, top_k=min(spec.top_k, spec.n_experts // plan.ep),
+        d_ff=spec.d_ff // tp, d_expert=spec.d_expert and spec.d_expert // tp, d_shared=spec.d_shared // tp,
+        embedding_norm=spec.embedding_norm and stage == 0, final_norm=spec.final_norm and stage == plan.pp - 1)
 
 
 def stage_parameters(spec: ModelSpec, plan: ParallelPlan, stage: int) -> dict[str, int]:
@@ -161,8 +155,13 @@ def state(count: dict[str, int], plan: ParallelPlan, dtype: str, gradient_dtype:
             "optimizer": optimizer_bytes(count, plan, dtype)}
 
 
-def training_state(spec: ModelSpec, plan: ParallelPlan, dtype: str = "bf16",
-                   gradient_dtype: str = "bf16") -> dict[str, float]:
+def _fullest(spec: ModelSpec, plan: ParallelPlan, held: Callable[[int], dict[str, float]]) -> MemoryUse:
+    """The most that a stage's device holds, of what `held` says of a stage."""
+    plan.check(spec)
+    return max((MemoryUse(held(stage)) for stage in distinct_stages(spec, plan)), key=lambda use: use.total)
+
+
+def training_state(spec: ModelSpec, plan: ParallelPlan, dtype: str = "bf16", gradient_dtype: str = "bf16") -> dict[str, float]:
     """Bytes of weights, gradients and optimizer on the fullest device.
 
     Adam, 12 bytes a parameter. ZeRO stage 1 shards it over dp * cp, stage 2 the gradients too,
@@ -170,10 +169,7 @@ def training_state(spec: ModelSpec, plan: ParallelPlan, dtype: str = "bf16",
     `gradient_dtype`: fp32 ones, Megatron-LM's default beside bf16 weights,
     double their part.
     """
-    plan.check(spec)
-    states = (state(stage_parameters(spec, plan, stage), plan, dtype, gradient_dtype)
-              for stage in distinct_stages(spec, plan))
-    return max(states, key=lambda state: sum(state.values()))
+    return _fullest(spec, plan, lambda stage: state(stage_parameters(spec, plan, stage), plan, dtype, gradient_dtype)).by_part
 
 
 def _kept(spec: ModelSpec, layer: int, seq_len: int) -> tuple[int, int, int]:
@@ -228,22 +224,19 @@ def layer_activation_bytes(spec: ModelSpec, plan: ParallelPlan, seq_len: int, la
     return tokens * ((2 * whole + masks) / ranks + (2 * split + a_score * scores) / plan.tp)
 
 
-def training(spec: ModelSpec, plan: ParallelPlan, seq_len: int, dtype: str = "bf16",
-             gradient_dtype: str = "bf16") -> MemoryUse:
+def training(spec: ModelSpec, plan: ParallelPlan, seq_len: int, dtype: str = "bf16", gradient_dtype: str = "bf16") -> MemoryUse:
     """What the fullest device holds while training: state, and activations in flight.
 
     How many micro-batches are in flight on a stage, `pipeline.in_flight` says; the chunks of an
     interleaved stage count as alike. This is what the running half was seen to hold, scores of unfused attention among it;
     logits, buffers and the framework's own share are left out. `Estimator` predicts the peak with them.
     """
-    plan.check(spec)
-    uses = []
-    for stage in distinct_stages(spec, plan):
-        part = state(stage_parameters(spec, plan, stage), plan, dtype, gradient_dtype)
+    def held(stage: int) -> dict[str, float]:
         kept = sum(layer_activation_bytes(spec, plan, seq_len, layer) for layer in plan.layers_of(spec.n_layers, stage))
-        held = in_flight(plan.pp, plan.n_micro_batches, stage, plan.n_chunks, plan.schedule)
-        uses.append(MemoryUse({**part, "activations": held * kept / plan.n_chunks}))
-    return max(uses, key=lambda use: use.total)
+        times = in_flight(plan.pp, plan.n_micro_batches, stage, plan.n_chunks, plan.schedule)
+        return {**state(stage_parameters(spec, plan, stage), plan, dtype, gradient_dtype),
+                "activations": times * kept / plan.n_chunks}
+    return _fullest(spec, plan, held)
 
 
 def serving(spec: ModelSpec, plan: ParallelPlan, batch: int, context: int, dtype: str = "bf16",
@@ -253,13 +246,11 @@ def serving(spec: ModelSpec, plan: ParallelPlan, batch: int, context: int, dtype
     KV heads are split over tp (replicated below one a rank), layers over pp, tokens over cp; dp
     replicas split the batch. Hybrid stacks also hold the states of their linear layers.
     """
-    plan.check(spec)
-    batch, context, uses = -(-batch // plan.dp), -(-context // plan.cp), []
-    for stage in distinct_stages(spec, plan):
+    batch, context = -(-batch // plan.dp), -(-context // plan.cp)
+
+    def held(stage: int) -> dict[str, float]:
         local = stage_spec(spec, plan, stage)               # its heads are already one rank's share
-        part = {"weights": sum(stage_parameters(spec, plan, stage).values()) * dtype_bytes(dtype),
-                "kv_cache": kv_cache_bytes(local, batch, context, kv_dtype)}
-        if "linear" in spec.layer_kinds:
-            part["linear_state"] = linear_state_bytes(local, batch)
-        uses.append(MemoryUse(part))
-    return max(uses, key=lambda use: use.total)
+        state = {"linear_state": linear_state_bytes(local, batch)} if "linear" in spec.layer_kinds else {}
+        return {"weights": sum(stage_parameters(spec, plan, stage).values()) * dtype_bytes(dtype),
+                "kv_cache": kv_cache_bytes(local, batch, context, kv_dtype), **state}
+    return _fullest(spec, plan, held)

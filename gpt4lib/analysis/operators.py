@@ -1,12 +1,9 @@
 """What one layer asks of one device for one micro-batch: arithmetic, bytes and kernels, before any efficiency."""
 
-from __future__ import annotations
-
 from typing import Iterator, NamedTuple
 
 from gpt4lib.analysis import flops
-from gpt4lib.specs.model import ModelSpec
-from gpt4lib.specs.workload import ParallelPlan
+from gpt4lib.specs import ModelSpec, ParallelPlan
 
 
 class Product(NamedTuple):

@@ -1,12 +1,8 @@
 """How many parameters a spec has, by part: exact integers, total and active per token."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from gpt4lib.specs.model import LinearAttention, LatentAttention, ModelSpec
-
-PARTS = ("embedding", "positions", "attention", "ffn", "experts", "shared_experts", "router", "norms", "head")
 
 
 def linear(n_in: int, n_out: int, bias: bool = False) -> int:

@@ -4,8 +4,6 @@ n_chunks > 1 is the interleaved schedule: each stage owns that many slices of th
 that do not divide are spread by `ParallelPlan.layers_per_chunk`; the slowest stage sets the pace.
 """
 
-from __future__ import annotations
-
 from gpt4lib.analysis.elementwise import least
 
 

@@ -1,7 +1,5 @@
 """Every layout of a model on a cluster, ranked, and why the others lose."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Iterator
 

@@ -1,7 +1,5 @@
 """Whether bytes or arithmetic bind. Williams et al. 2009, "Roofline", CACM 52(4)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from gpt4lib.specs.hardware import DeviceSpec

@@ -5,8 +5,6 @@ parameter at Chinchilla's budget, where its two other methods, and Chinchilla it
 for some 60, and Besiroglu et al. 2024, arXiv:2404.10102, who refit part of the data, find about 20 by this method too.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Callable, NamedTuple, Sequence
 

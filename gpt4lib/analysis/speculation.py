@@ -1,7 +1,5 @@
 """What speculative decoding gains. Leviathan et al. 2023, arXiv:2211.17192, section 3."""
 
-from __future__ import annotations
-
 
 def expected_tokens(acceptance, n_draft: int):
     """Tokens one verification yields, if each of n_draft guesses is accepted independently.

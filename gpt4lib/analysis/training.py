@@ -1,7 +1,5 @@
 """How long training takes: from a utilisation, or from an estimate of one step that explains itself."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from gpt4lib import format as fmt

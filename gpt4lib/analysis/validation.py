@@ -5,8 +5,6 @@ is assumed in its place. No row, source or system is treated by name. Measured v
 set apart runs below 5 % MFU, and as what predictions are compared with.
 """
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import io

@@ -5,8 +5,6 @@ fp32 weights in one folder, the moments in two others, one after the other to sp
 absent: it is written beside and then renamed.
 """
 
-from __future__ import annotations
-
 import re
 import shutil
 import warnings
@@ -20,62 +18,48 @@ from torch.distributed.checkpoint import planner, planner_helpers
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
 
 from gpt4lib.distributed.data import KINDS
-from gpt4lib.distributed.layout import Chunk, Piece, window
+from gpt4lib.distributed.layout import Piece, window
 from gpt4lib.distributed.trainer import Trainer
 from gpt4lib.nn.transformer import Transformer
+from gpt4lib.specs.checks import require
 
 COMPLETE = re.compile(r"step-(\d{8})")
 
 
 class _Boxes:
     """Which boxes of a whole tensor the local one consists of: the part that saving and loading share."""
-    pieces: dict[str, Piece]
 
-    def box(self, index: MetadataIndex) -> Chunk:
-        return next(c for c in self.chunks(index.fqn) if c.offsets == tuple(index.offset))
+    def __init__(self, pieces: dict[str, Piece]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.pieces = pieces
 
-    def chunks(self, key: str) -> list[Chunk]:
-        return self.pieces[key].chunks()
+    def boxes(self, key: str) -> list[ChunkStorageMetadata]:
+        return [ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.sizes)) for c in self.pieces[key].chunks()]
 
-    def local(self, index: MetadataIndex) -> Tensor:
-        box = self.box(index)
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        box = next(c for c in self.pieces[index.fqn].chunks() if c.offsets == tuple(index.offset))
         return window(self.state_dict[index.fqn], box.local, box.sizes)
+
+    lookup_object = lookup_tensor
 
 
 class _Save(_Boxes, dcp.DefaultSavePlanner):
-    def __init__(self, pieces: dict[str, Piece]) -> None:
-        super().__init__(flatten_state_dict=False)
-        self.pieces = pieces
-
     def create_local_plan(self) -> planner.SavePlan:
         items = []
         for key, tensor in self.state_dict.items():
             shape = torch.Size(self.pieces[key].shape)
-            for box in self.chunks(key):
-                where = ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes))
+            for where in self.boxes(key):
                 data = planner.TensorWriteData(where, TensorProperties.create_from_tensor(tensor), shape)
                 items.append(planner.WriteItem(MetadataIndex(key, where.offsets), planner.WriteItemType.SHARD, tensor_data=data))
         self.plan = planner.SavePlan(items)
         return self.plan
 
-    def lookup_object(self, index: MetadataIndex) -> Tensor:
-        return self.local(index)
-
 
 class _Load(_Boxes, dcp.DefaultLoadPlanner):
-    def __init__(self, pieces: dict[str, Piece]) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.pieces = pieces
-
     def create_local_plan(self) -> planner.LoadPlan:
-        items = []
-        for key in self.state_dict:
-            boxes = [ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.sizes)) for c in self.chunks(key)]
-            items += planner_helpers.create_read_items_for_chunk_list(key, self.metadata.state_dict_metadata[key], boxes)
-        return planner.LoadPlan(items)
-
-    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        return self.local(index)
+        held = self.metadata.state_dict_metadata
+        return planner.LoadPlan([item for key in self.state_dict for item in
+                                 planner_helpers.create_read_items_for_chunk_list(key, held[key], self.boxes(key))])
 
 
 def complete(folder: str | Path) -> list[Path]:
@@ -90,8 +74,8 @@ def latest(folder: str | Path) -> Path | None:
 
 def steps_of(path: Path) -> int:
     """After how many steps it was written; ValueError for a folder of another name."""
-    if (name := COMPLETE.fullmatch(path.name)) is None:
-        raise ValueError(f"{path} is not a checkpoint; give a folder named step-NNNNNNNN, as `latest` does")
+    name = COMPLETE.fullmatch(path.name)
+    require(name, f"{path} is not a checkpoint; give a folder named step-NNNNNNNN, as `latest` does")
     return int(name[1])
 
 
@@ -104,8 +88,7 @@ def save(folder: str | Path, trainer: Trainer, keep: int = 2) -> Path:
     target = Path(folder) / f"step-{trainer.steps:08d}"
     if (last := latest(folder)) and steps_of(last) > trainer.steps:
         raise ValueError(f"{folder} holds {last.name}, later than step {trainer.steps}; give another folder, or remove it")
-    if keep < 1:
-        raise ValueError(f"keep={keep} is not accepted; give an integer >= 1")
+    require(keep >= 1, f"keep={keep} is not accepted; give an integer >= 1")
     partial = target.with_name(target.name + ".partial")
     if dist.get_rank() == 0:
         for old in Path(folder).glob("step-*.partial"):             # what a killed save left

@@ -4,8 +4,6 @@ Each replica has its own micro-batches; gradients are averaged over replicas, th
 (Loshchilov and Hutter 2017, arXiv:1711.05101). ZeRO: Rajbhandari et al. 2020, arXiv:1910.02054, section 5.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch
@@ -36,7 +34,22 @@ class AdamW(NamedTuple):
         return torch.optim.AdamW(parameters, self.lr, self.betas, self.eps, weight_decay=0, fused=True)
 
 
-class Replicated:
+class _Optimizer:
+    """What both kinds share: AdamW over some tensors, each with its moments."""
+    optimizer: torch.optim.AdamW
+
+    def _kept(self, p: Tensor, kind: str) -> Tensor:
+        return {"weight": p.detach(), **self.optimizer.state.get(p, {})}.get(kind, torch.zeros_like(p))
+
+    def _take(self, p: Tensor, kind: str, value: Tensor, step: int) -> None:
+        self.optimizer.state[p]["step"] = torch.tensor(float(step), device=p.device)
+        if kind == "weight":
+            p.detach().copy_(value)
+        else:
+            self.optimizer.state[p][kind] = value
+
+
+class Replicated(_Optimizer):
     """Optimizer of a model whose weights are whole on every replica: plain data parallelism, or ZeRO-1."""
 
     def __init__(self, stages: list[Stage], pieces: dict[str, Piece], plan: ParallelPlan, groups: Groups, adamw: AdamW = AdamW(),
@@ -83,10 +96,8 @@ class Replicated:
         """
         found: dict[str, Tensor] = {}
         for flat in self.flats:
-            kept = {"weight": flat.master.detach(), **self.optimizer.state.get(flat.master, {})}
-            vector = flat.whole(kept.get(kind, torch.zeros_like(flat.master))).cpu()
-            for name, p, start, stop in flat.segments:
-                found[name] = vector[start:stop].view_as(p)
+            vector = flat.whole(self._kept(flat.master, kind)).cpu()
+            found |= {name: vector[start:stop].view_as(p) for name, p, start, stop in flat.segments}
         return found
 
     def load(self, kind: str, state: dict[str, Tensor], step: int) -> None:
@@ -95,16 +106,12 @@ class Replicated:
             vector = torch.zeros_like(flat.weights, dtype=flat.master.dtype)
             for name, _, start, stop in flat.segments:
                 vector[start:stop] = state[name].flatten()
-            kept = self.optimizer.state[flat.master]
-            kept["step"] = torch.tensor(float(step), device=flat.master.device)
+            self._take(flat.master, kind, flat.shard(vector).clone(), step)      # a shard, not a window on the whole
             if kind == "weight":
-                flat.master.data.copy_(flat.shard(vector))
                 flat.publish()
-            else:
-                kept[kind] = flat.shard(vector).clone()                # a shard, not a window on the whole
 
 
-class FullySharded:
+class FullySharded(_Optimizer):
     """Optimizer of a model whose weights are sharded too, block by block: PyTorch's `fully_shard` (FSDP2), over all
     replicas, or over `shard` of them and copied over the rest (hybrid sharding). Zhao et al. 2023, arXiv:2304.11277."""
 
@@ -137,12 +144,12 @@ class FullySharded:
             if ".experts." in name:          # their mean is over dp / ep replicas, the others' over dp (a divide factor of
                 p.grad.div_(self.ep)         # FSDP's own needs NCCL, and counts twice for one replica in fp64)
         sum_partial([(self.pieces[name], p.grad.to_local().flatten()) for name, p in self.named], self.groups)
-        mine = []
+        total = torch.zeros((), dtype=torch.float64, device=self.named[0][1].device)
         for name, p in self.named:
             copies = [axis for axis, place in zip(p.device_mesh.mesh_dim_names, p.placements) if place.is_replicate()]
             if self.pieces[name].owned and all(self.groups.at[axis] == 0 for axis in copies):
-                mine.append(squared_norm(p.grad.to_local().flatten()))
-        return sum(mine, torch.zeros((), dtype=torch.float64, device=self.named[0][1].device))
+                total += squared_norm(p.grad.to_local().flatten())
+        return total
 
     @torch.no_grad()
     def step(self, scale: float, lr: float) -> None:
@@ -155,22 +162,14 @@ class FullySharded:
 
     def state(self, kind: str) -> dict[str, Tensor]:
         """As in `Replicated`, gathered one parameter at a time."""
-        found: dict[str, Tensor] = {}
-        for name, p in self.named:
-            kept = {"weight": p.detach(), **self.optimizer.state.get(p, {})}
-            found[name] = kept.get(kind, torch.zeros_like(p)).full_tensor().detach().cpu()
-        return found
+        return {name: self._kept(p, kind).full_tensor().detach().cpu() for name, p in self.named}
 
     @torch.no_grad()
     def load(self, kind: str, state: dict[str, Tensor], step: int) -> None:
         for name, p in self.named:
             # every rank holds the whole tensor: nothing to send
             part = distribute_tensor(state[name].to(p.device, p.dtype), p.device_mesh, p.placements, src_data_rank=None)
-            self.optimizer.state[p]["step"] = torch.tensor(float(step), device=p.device)
-            if kind == "weight":
-                p.copy_(part)
-            else:
-                self.optimizer.state[p][kind] = part
+            self._take(p, kind, part, step)
 
 
 def sum_partial(gradients: list[tuple[Piece, Tensor]], groups: Groups) -> None:

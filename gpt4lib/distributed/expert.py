@@ -1,7 +1,5 @@
 """Expert parallelism: each rank keeps some of the experts, and tokens travel to them and back."""
 
-from __future__ import annotations
-
 import torch
 import torch.distributed as dist
 from torch import Tensor

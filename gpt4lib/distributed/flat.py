@@ -1,7 +1,6 @@
 """Parameters as one flat vector: what plain data parallelism and ZeRO-1 reduce in buckets and shard."""
 
-from __future__ import annotations
-
+from functools import partial
 from typing import Iterator, NamedTuple
 
 import torch
@@ -48,11 +47,13 @@ class Flat:
         self.gradients = torch.zeros(padded, dtype=gradient_dtype, device=like.device)
         step = max(bucket_bytes // self.gradients.element_size() // self.n, 1) * self.n
         self.buckets = [(a, min(a + step, padded)) for a in range(0, padded, step)]
-        for _, p, start, stop in self.segments:
-            self.weights[start:stop] = p.detach().flatten()
-            p.data = self.weights[start:stop].view_as(p)
-            p.register_post_accumulate_grad_hook(self._arrived)
-        self.place = {id(s.parameter): s for s in self.segments}
+        for s in self.segments:
+            self.weights[s.start:s.stop] = s.parameter.detach().flatten()
+            s.parameter.data = self.weights[s.start:s.stop].view_as(s.parameter)
+            s.parameter.register_post_accumulate_grad_hook(partial(self._arrived, s))
+        # where the rank's parts lie in the vector
+        self.mine = [(a + (b - a) // self.n * self.rank, a + (b - a) // self.n * (self.rank + 1))
+                     for a, b in self.buckets] if zero else [(0, self.length)]
         self.parts = list(self._parts())
         self.waiting = [[s for s in self.segments if s.start < b and s.stop > a] for a, b in self.buckets]
         # the same memory as the weights where those are whole and fp32 already
@@ -61,14 +62,12 @@ class Flat:
 
     def shard(self, vector: Tensor) -> Tensor:
         """The rank's part of every bucket, one after the other; the whole vector itself without ZeRO."""
-        parts = [vector[a:b] for a, b in self._mine()]
+        parts = [vector[a:b] for a, b in self.mine]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _mine(self) -> list[tuple[int, int]]:
-        """Where the rank's parts lie in the vector."""
-        if not self.zero:
-            return [(0, self.length)]
-        return [(a + (b - a) // self.n * self.rank, a + (b - a) // self.n * (self.rank + 1)) for a, b in self.buckets]
+    def _split(self, shard: Tensor) -> tuple[Tensor, ...]:
+        """A shard's part of every bucket."""
+        return shard.split([b - a for a, b in self.mine])
 
     def restart(self) -> None:
         """Forget every gradient: those of a step that was abandoned too."""
@@ -77,47 +76,43 @@ class Flat:
         self.seen = {s.name: 0 for s in self.segments}
         self.works: list = []
 
-    def _arrived(self, p: nn.Parameter) -> None:
-        s = self.place[id(p)]
+    def _arrived(self, s: Segment, p: nn.Parameter) -> None:
         self.gradients[s.start:s.stop].add_(p.grad.flatten())
         p.grad = None
         self.seen[s.name] += 1
         if self.seen[s.name] == self.n_micro:
             self._launch()
 
-    def _ready(self, s: Segment) -> bool:
-        return self.seen[s.name] >= self.n_micro and not self.pieces[s.name].partial
-
     def _launch(self, force: bool = False) -> None:
         """Start reducing every next bucket whose gradients are final; always in the same order on all ranks."""
         while self.n > 1 and len(self.works) < len(self.buckets):
-            if not force and not all(map(self._ready, self.waiting[len(self.works)])):
+            if not force and any(self.seen[s.name] < self.n_micro or self.pieces[s.name].partial
+                                 for s in self.waiting[len(self.works)]):
                 return
             a, b = self.buckets[len(self.works)]
             if self.zero:
-                mine = torch.empty((b - a) // self.n, dtype=self.gradients.dtype, device=self.gradients.device)
+                mine = self.gradients.new_empty((b - a) // self.n)
                 work = scatter_into(mine, self.gradients[a:b], group=self.group, async_op=True)
             else:
                 mine, work = None, dist.all_reduce(self.gradients[a:b], group=self.group, async_op=True)
             self.works.append((work, mine))
 
-    def partial_gradients(self) -> Iterator[tuple[Piece, Tensor]]:
-        for name, _, start, stop in self.segments:
-            yield self.pieces[name], self.gradients[start:stop]
+    def partial_gradients(self) -> list[tuple[Piece, Tensor]]:
+        return [(self.pieces[s.name], self.gradients[s.start:s.stop]) for s in self.segments]
 
     def reduce(self) -> None:
         """Start what is left, wait for all, and give the mean over replicas to the optimizer."""
         self._launch(force=True)
-        for (work, mine), (a, b) in zip(self.works, self.buckets):
+        for i, (work, mine) in enumerate(self.works):
             work.wait()
             if mine is not None:                               # back into the vector: no second buffer of that size
-                self.gradients[a + self.rank * len(mine):a + (self.rank + 1) * len(mine)] = mine
+                self.gradients[slice(*self.mine[i])] = mine
         self.master.grad = self.shard(self.gradients).to(self.master.dtype).div_(self.replicas)
 
     def _parts(self) -> Iterator[tuple[Segment, slice]]:
         """Every parameter with its places in the shard."""
         offset = 0
-        for a, b in self._mine():
+        for a, b in self.mine:
             for s in self.segments:
                 lo, hi = max(s.start, a), min(s.stop, b)
                 if lo < hi:
@@ -137,25 +132,19 @@ class Flat:
 
     def publish(self) -> None:
         """The stepped weights back into the model: with ZeRO every rank gathers the others' shards."""
-        offset = 0
-        for a, b in self._mine() if self.master.data_ptr() != self.weights.data_ptr() else ():
-            self.weights[a:b] = self.master.data[offset:offset + b - a]
-            offset += b - a
-        if self.zero:
-            for a, b in self.buckets:
-                part = (b - a) // self.n
-                mine = self.weights[a + part * self.rank:a + part * (self.rank + 1)].clone()
-                gather_into(self.weights[a:b], mine, group=self.group)
+        if self.master.data_ptr() != self.weights.data_ptr():
+            for (a, b), part in zip(self.mine, self._split(self.master.data)):
+                self.weights[a:b] = part
+        for (a, b), mine in zip(self.buckets, self.mine) if self.zero else ():
+            gather_into(self.weights[a:b], self.weights[slice(*mine)].clone(), group=self.group)
 
     def whole(self, shard: Tensor) -> Tensor:
         """A shard-sized vector of the optimizer, gathered from all ranks, in the order of `segments`."""
         if not self.zero:
             return shard
-        out, offset = shard.new_empty(len(self.weights)), 0
-        for a, b in self.buckets:
-            part = (b - a) // self.n
-            gather_into(out[a:b], shard[offset:offset + part].contiguous(), group=self.group)
-            offset += part
+        out = shard.new_empty(len(self.weights))
+        for (a, b), part in zip(self.buckets, self._split(shard)):
+            gather_into(out[a:b], part.contiguous(), group=self.group)
         return out
 
 

@@ -1,13 +1,11 @@
 """The process grid: which rank stands where, and with whom it talks."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from gpt4lib.specs.model import ModelSpec
-from gpt4lib.specs.workload import ParallelPlan
+from gpt4lib.specs import ModelSpec, ParallelPlan
+from gpt4lib.specs.checks import require, require_counts, require_known
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -29,10 +27,7 @@ class ProcessGrid:
     inner: int = 1
 
     def __post_init__(self) -> None:
-        for axis in ("tp", "dp", "pp", "inner"):
-            value = getattr(self, axis)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{axis}={value!r} is not accepted; give an integer >= 1")
+        require_counts(self, 1, "tp", "dp", "pp", "inner")
         if self.dp % self.inner:
             raise ValueError(f"dp={self.dp} is not divisible by ep or shard {self.inner}; choose one that divides it")
 
@@ -55,13 +50,12 @@ class ProcessGrid:
             raise ValueError(f"tp={self.tp} x dp={self.dp} x pp={self.pp} needs {self.world_size} processes, "
                              f"there are {world_size}; change a degree or the number of processes")
         if devices_per_node and self.tp > 1 and devices_per_node % self.tp:
-            raise ValueError(f"tp={self.tp} does not divide the {devices_per_node} devices of a node; "
-                             f"tensor parallelism has to stay inside one")
+            raise ValueError(f"tp={self.tp} does not divide the {devices_per_node} devices of a node; tensor parallelism has to "
+                             f"stay inside one")
 
     def coordinates(self, rank: int) -> dict[str, int]:
         """{"pp": ..., "outer": ..., "inner": ..., "tp": ..., "dp": ...} of a rank."""
-        if not 0 <= rank < self.world_size:
-            raise ValueError(f"rank={rank} is not accepted; give 0 to {self.world_size - 1}")
+        require(0 <= rank < self.world_size, f"rank={rank} is not accepted; give 0 to {self.world_size - 1}")
         at, rest = {}, rank
         for axis, length in zip(reversed(AXES), reversed(self.shape)):
             rest, at[axis] = divmod(rest, length)
@@ -72,8 +66,7 @@ class ProcessGrid:
 
     def groups(self, axis: str) -> list[list[int]]:
         """The groups of ranks that differ along one axis only ("dp" is outer and inner), each in order of that axis."""
-        if axis not in (*AXES, "dp"):
-            raise ValueError(f"axis={axis!r} is not known; accepted: {', '.join((*AXES, 'dp'))}")
+        require_known("axis", axis, (*AXES, "dp"))
         varies = ("outer", "inner", "dp") if axis == "dp" else (axis, "dp")
         members: dict[tuple, list[int]] = {}
         for rank in range(self.world_size):
@@ -122,8 +115,7 @@ def connect(plan: ParallelPlan, spec: ModelSpec, device: str = "cpu", timeout: t
     edges = {(kind, s): own([[ranks[s], ranks[(s + step) % plan.pp]] for ranks in pipelines])
              for kind, step in (("F", 1), ("B", -1)) for s in range(plan.pp)} if plan.pp > 1 else {}
     ends = own([[r[0], r[-1]] for r in pipelines]) if plan.pp > 1 and spec.tied else None
-    heads = spec.n_kv_heads
-    sharers = plan.tp // heads if spec.latent is None and heads < plan.tp else 1
+    sharers = max(plan.tp // spec.n_kv_heads, 1) if spec.latent is None else 1
     kv = own([r[i:i + sharers] for r in grid.groups("tp") for i in range(0, plan.tp, sharers)]) if sharers > 1 else None
     return Groups(at, grid, mesh, DeviceMesh.from_group(dp, device, mesh_dim_names=("dp",)), dp, axes[1],
                   axes[2] if grid.inner > 1 else None, axes[3] if plan.tp > 1 else None, kv, ends, edges)

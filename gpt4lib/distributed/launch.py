@@ -3,8 +3,6 @@
 The one place that reads the environment: what torchrun tells each process.
 """
 
-from __future__ import annotations
-
 import faulthandler
 import inspect
 import multiprocessing
@@ -37,11 +35,10 @@ def join_world(timeout_seconds: float = 600, device: str = "cpu") -> None:
     """Start torch.distributed: gloo on CPU, NCCL on CUDA; a peer that is silent for `timeout_seconds` is an error."""
     import torch
     import torch.distributed as dist
-    here, alone = place(), {}
     if device == "cuda":
-        torch.cuda.set_device(here.local_rank)
-    if "RANK" not in os.environ:                                                    # started without torchrun
-        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        torch.cuda.set_device(place().local_rank)
+    # started without torchrun
+    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=timeout_seconds), **alone)
 
 

@@ -1,7 +1,5 @@
 """Which part of every parameter a rank holds, and the part of the model that it builds from those."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from functools import partial
@@ -18,8 +16,7 @@ from gpt4lib.distributed.tensor import (PartialLinear, enter, leave, region, voc
                                         vocab_parallel_embedding)
 from gpt4lib.nn.numerics import Numerics
 from gpt4lib.nn.transformer import Transformer, initial
-from gpt4lib.specs.model import ModelSpec
-from gpt4lib.specs.workload import ParallelPlan
+from gpt4lib.specs import ModelSpec, ParallelPlan
 
 REGIONS = re.compile(r"\.(attention|ffn|moe)\.")
 # The first pattern that matches a parameter's name says along which dimension tensor parallelism cuts it.
@@ -191,18 +188,14 @@ def build(spec: ModelSpec, plan: ParallelPlan, groups: Groups, *, seed: int = 0,
     """
     with torch.device("meta"):
         whole = Transformer(spec, numerics=numerics)
-    shapes = {name: p.shape for name, p in whole.named_parameters()}
     mine = [Stage(whole, layers, plan, groups) for layers in plan.chunks_of(spec.n_layers, groups.at["pp"])]
     held = {name for stage in mine for name, _ in stage.named_parameters()}
     pieces, generator = {}, torch.Generator().manual_seed(seed)
-    for name, shape in shapes.items():
-        full = initial(name, shape, generator)
+    for name, p in list(whole.named_parameters()):
+        full = initial(name, p.shape, generator)
         if name in held:
-            pieces[name] = piece(name, shape, spec, plan, groups.at)
+            pieces[name] = piece(name, p.shape, spec, plan, groups.at)
             owner, _, leaf = name.rpartition(".")
-            local = nn.Parameter(pieces[name].take(full).to(device, dtype))
-            if owner:
-                whole.get_submodule(owner)._parameters[leaf] = local
-            else:
-                mine[-1]._parameters[leaf] = local
+            module = whole.get_submodule(owner) if owner else mine[-1]
+            module._parameters[leaf] = nn.Parameter(pieces[name].take(full).to(device, dtype))
     return mine, pieces

@@ -1,7 +1,5 @@
 """The pipeline itself: a replay of a `Schedule` by one rank, with its neighbours at the other end of each link."""
 
-from __future__ import annotations
-
 import contextlib
 import time
 from dataclasses import dataclass, field
@@ -39,18 +37,15 @@ class Pipeline:
                  balance: float = 0.0) -> None:
         self.stages, self.optimizer, self.dtype, self.balance = stages, optimizer, dtype, balance
         self.plan, self.groups, self.spec = stages[0].plan, stages[0].groups, stages[0].spec
-        plan = self.plan
-        self.schedule = Schedule(plan.pp, plan.n_micro_batches, plan.schedule, plan.n_chunks)
+        self.schedule = Schedule(self.plan.pp, self.plan.n_micro_batches, self.plan.schedule, self.plan.n_chunks)
         self.rank, self.moe_layers = self.groups.at["pp"], max(self.spec.n_moe_layers, 1)
         self.device = next(stages[0].parameters()).device
 
     def step(self, tokens: Sequence[Tensor], targets: Sequence[Tensor]) -> StepRecord:
         """One int64 [micro_batch, seq_len] a micro-batch, each given to every stage; only the ends look at them."""
         self.record, self.saved, self.sends, self.batches = StepRecord(), {}, [], (tokens, targets)
-        shape = list(tokens[0].shape)
-        if self.plan.sequence_parallel:
-            shape[1] //= self.plan.tp
-        self.hidden = (*shape, self.spec.d_model)
+        batch, length = tokens[0].shape
+        self.hidden = batch, length // (self.plan.tp if self.plan.sequence_parallel else 1), self.spec.d_model
         for action in self.schedule.order(self.rank):
             self.start = time.perf_counter()
             (self._forward if action.kind == "F" else self._backward)(action)
@@ -67,27 +62,25 @@ class Pipeline:
         x = self.batches[0][m] if stage.first else self._receive("F").requires_grad_()
         with routings(stage) if self.balance else contextlib.nullcontext([]) as seen:
             out = stage(x)
-        extra = None
+        extra = []
         if seen:
             balance = sum(balance_loss(r, group=self.groups.dp) for r in seen)
             self.record.balance += balance.detach() / self.plan.n_micro_batches
             # a router stands inside a region, where gradients are summed over the tensor-parallel ranks
-            extra = balance * (self.balance / self.moe_layers / self.plan.n_micro_batches / self.plan.tp)
+            extra = [balance * (self.balance / self.moe_layers / self.plan.n_micro_batches / self.plan.tp)]
         if stage.last:
             out = stage.loss(out, self.batches[1][m]) / self.plan.n_micro_batches      # once, before backward
             self.record.loss += out.detach()                                             # no .item(): that would wait
         else:
             self._send("F", out)
-        self.saved[m, c] = x, out, extra
+        self.saved[m, c] = x, [out, *extra]
 
     def _backward(self, action: Action) -> None:
         _, m, c = action
-        stage, (x, out, extra) = self.stages[c], self.saved.pop((m, c))
-        roots, grads = [out], [None if stage.last else self._receive("B")]
-        if extra is not None:
-            roots, grads = roots + [extra], grads + [None]
+        stage, (x, roots) = self.stages[c], self.saved.pop((m, c))
+        grads = [None if stage.last else self._receive("B"), None]                 # losses need none
         self.optimizer.before_backward(stage, last=m == self.plan.n_micro_batches - 1)
-        torch.autograd.backward(roots, grads)
+        torch.autograd.backward(roots, grads[:len(roots)])
         if not stage.first:
             self._send("B", x.grad)
 

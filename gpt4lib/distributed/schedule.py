@@ -3,12 +3,12 @@
 The real pipeline replays the same lists of actions (`pipeline.py`). Nothing here knows torch or time.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import NamedTuple, Sequence
 
+from gpt4lib.specs.checks import require, require_counts, require_known
 from gpt4lib.specs.workload import SCHEDULES
 
 
@@ -45,11 +45,8 @@ class Schedule:
     n_chunks: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("n_stages", "n_micro", "n_chunks"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not accepted; give an integer >= 1")
-        if self.kind not in SCHEDULES:
-            raise ValueError(f"schedule={self.kind!r} is not known; accepted: {', '.join(SCHEDULES)}")
+        require_counts(self, 1, "n_stages", "n_micro", "n_chunks")
+        require_known("schedule", self.kind, SCHEDULES)
 
     @cached_property
     def rounds(self) -> list[range]:
@@ -105,9 +102,8 @@ class Schedule:
         """ValueError in plain words unless every stage does everything once, in an order that can be run."""
         every = set(self.forwards) | set(self.backwards)
         for stage in range(self.n_stages):
-            order = self.order(stage)
-            if len(order) != len(every) or set(order) != every:
-                raise ValueError(f"stage {stage} does not run every forward and backward exactly once")
+            once = sorted(self.order(stage)) == sorted(every)
+            require(once, f"stage {stage} does not run every forward and backward exactly once")
         self.simulate()
 
     def simulate(self, forward: float = 1, backward: float = 2, layers: Sequence[float] | None = None) -> list[Span]:
@@ -120,7 +116,7 @@ class Schedule:
         todo = [self.order(s)[::-1] for s in range(self.n_stages)]
         clock, done, spans = [0] * self.n_stages, {}, []
         while any(todo):
-            moved = False
+            before = len(spans)
             for stage, left in enumerate(todo):
                 while left and all(n in done for n in self.needs(stage, left[-1])):
                     action = left.pop()
@@ -128,8 +124,7 @@ class Schedule:
                     slots = (forward if action.kind == "F" else backward) * layers[action.chunk * self.n_stages + stage]
                     clock[stage] = done[stage, action] = start + slots
                     spans.append(Span(stage, action, start, clock[stage]))
-                    moved = True
-            if not moved:
+            if len(spans) == before:
                 stuck = (f"stage {s} waits at {left[-1]}" for s, left in enumerate(todo) if left)
                 raise ValueError("deadlock: " + ", ".join(stuck))
         return spans
@@ -141,11 +136,7 @@ class Schedule:
 
     def in_flight(self, stage: int) -> int:
         """Forwards whose activations a stage holds at most, one for each micro-batch and chunk."""
-        held = peak = 0
-        for action in self.order(stage):
-            held += 1 if action.kind == "F" else -1
-            peak = max(peak, held)
-        return peak
+        return max(accumulate(1 if action.kind == "F" else -1 for action in self.order(stage)))
 
     def _repr_svg_(self) -> str:
         from gpt4lib.plotting.pipeline import svg

@@ -5,8 +5,6 @@ the weights, and the answers are summed on the way out. With sequence parallelis
 arXiv:2205.05198, section 4.2.2) the hidden states outside regions are split over the ranks along the tokens.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -74,40 +72,31 @@ class _SumOverRanks(torch.autograd.Function):
         return grad, None
 
 
-class _GatherTokens(torch.autograd.Function):
-    """All-gather forward, reduce-scatter backward: `_CopyToRanks` where tokens are split."""
+class _SplitTokens(torch.autograd.Function):
+    """The same pair where tokens are split: all-gather forward and reduce-scatter backward, or the other way round."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, group) -> Tensor:
-        ctx.group = group
-        return _gather_tokens(x, group)
+    def forward(ctx, x: Tensor, group, forth, back) -> Tensor:
+        ctx.group, ctx.back = group, back
+        return forth(x, group)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return _scatter_tokens(grad, ctx.group), None
-
-
-class _ScatterTokens(torch.autograd.Function):
-    """Reduce-scatter forward, all-gather backward: `_SumOverRanks` where tokens are split."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, group) -> Tensor:
-        ctx.group = group
-        return _scatter_tokens(x, group)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return _gather_tokens(grad, ctx.group), None
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.back(grad, ctx.group), None, None, None
 
 
 def enter(x: Tensor, group, sequence_parallel: bool = False) -> Tensor:
     """Into a region: hidden states whole on every rank."""
-    return (_GatherTokens if sequence_parallel else _CopyToRanks).apply(x, group)
+    if sequence_parallel:
+        return _SplitTokens.apply(x, group, _gather_tokens, _scatter_tokens)
+    return _CopyToRanks.apply(x, group)
 
 
 def leave(x: Tensor, group, sequence_parallel: bool = False) -> Tensor:
     """Out of a region: the ranks' partial results summed."""
-    return (_ScatterTokens if sequence_parallel else _SumOverRanks).apply(x, group)
+    if sequence_parallel:
+        return _SplitTokens.apply(x, group, _scatter_tokens, _gather_tokens)
+    return _SumOverRanks.apply(x, group)
 
 
 def region(module: nn.Module, group, sequence_parallel: bool = False) -> None:

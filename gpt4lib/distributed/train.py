@@ -1,7 +1,5 @@
 """`torchrun --nproc-per-node 8 -m gpt4lib.distributed.train --tp 2 --pp 2 --dp 2 ...`: train a model on any layout."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import math
@@ -10,13 +8,13 @@ import time
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gpt4lib.cli import Parser
+from gpt4lib.cli import Parser, counted
 from gpt4lib.distributed import checkpoint, launch
 from gpt4lib.distributed.data import AdamW
 from gpt4lib.distributed.grid import ProcessGrid
@@ -25,9 +23,9 @@ from gpt4lib.distributed.trainer import StepResult, Trainer
 from gpt4lib.nn import data
 from gpt4lib.nn.numerics import positive
 from gpt4lib.profiling import count_wire, forward_flop
-from gpt4lib.specs.hardware import DeviceSpec
-from gpt4lib.specs.model import ModelSpec
-from gpt4lib.specs.workload import RECOMPUTE, SCHEDULES, ParallelPlan
+from gpt4lib.specs import DeviceSpec, ModelSpec, ParallelPlan
+from gpt4lib.specs.checks import require_known
+from gpt4lib.specs.workload import RECOMPUTE, SCHEDULES
 
 # What is trained when nobody says what: GPT-4's shape as reported, at a size for one core.
 TOY = ModelSpec("toy", n_layers=4, d_model=64, n_heads=4, n_kv_heads=1, d_ff=128, vocab_size=256, context=256,
@@ -71,19 +69,14 @@ def parser() -> Parser:
 def settle(args: argparse.Namespace, here: launch.Place) -> tuple[ModelSpec, ParallelPlan]:
     """What to train and how it is laid out; ValueError before any process group starts."""
     spec = TOY if args.model == "toy" else ModelSpec.load(args.model)
-    if args.dtype not in DTYPES:
-        raise ValueError(f"dtype={args.dtype!r} is not known; accepted: {', '.join(DTYPES)}")
+    require_known("dtype", args.dtype, DTYPES)
     if args.device not in ("cpu", "cuda") or (args.device == "cuda" and torch.cuda.device_count() <= here.local_rank):
         raise ValueError(f"--device {args.device} is not here for local rank {here.local_rank}; accepted: cpu, or cuda with a "
                          f"GPU a process")
-    for name in ("dp", "micro_batch", "seq_len", "steps", "save_every", "timeout"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value} is not accepted; give a number >= 1")
+    counted(args, "dp", "micro_batch", "seq_len", "steps", "save_every", "timeout")
+    counted(args, "warmup", "balance", least=0)
     for name in ("lr", "clip"):
         positive(f"--{name}", getattr(args, name))
-    for name in ("warmup", "balance"):
-        if not getattr(args, name) >= 0:
-            raise ValueError(f"--{name} {getattr(args, name)} is not accepted; give a number >= 0")
     if args.metrics and not Path(args.metrics).absolute().parent.is_dir():
         raise ValueError(f"--metrics {args.metrics}: its folder does not exist; make it first")
     dp = args.dp or max(here.world_size // max(args.tp * args.pp, 1), 1)
@@ -121,7 +114,7 @@ class Report:
     """Rank 0's progress on stderr and its log; silent on the others."""
 
     def __init__(self, args: argparse.Namespace, spec: ModelSpec, plan: ParallelPlan) -> None:
-        self.args, self.plan, self.speaks = args, plan, dist.get_rank() == 0
+        self.args, self.speaks = args, dist.get_rank() == 0
         self.tokens = plan.global_batch * args.seq_len
         self.flop = 3 * forward_flop(spec, plan.global_batch, args.seq_len) if self.speaks else 0      # backward is twice forward
         self.peak = plan.n_devices * DeviceSpec.preset(args.hardware).peak_flop_rate(args.dtype) if args.hardware else None
@@ -129,18 +122,15 @@ class Report:
     def __call__(self, step: int, result: StepResult, lr: float, seconds: float, sent: list[dict[str, int]] | None) -> None:
         if not self.speaks:
             return
-        record: dict[str, Any] = {"step": step, **result._asdict(), "lr": lr, "seconds": seconds,
-                                  "tokens_per_second": self.tokens / seconds, "flop_per_second": self.flop / seconds,
-                                  "mfu": self.peak and self.flop / seconds / self.peak}
-        if sent:
-            record["sent_bytes_by_rank"] = sent
+        record = {"step": step, **result._asdict(), "lr": lr, "seconds": seconds, "tokens_per_second": self.tokens / seconds,
+                  "flop_per_second": self.flop / seconds, "mfu": self.peak and self.flop / seconds / self.peak,
+                  **({"sent_bytes_by_rank": sent} if sent else {})}
         if self.args.metrics:
             with open(self.args.metrics, "a", encoding="utf8") as file:
                 file.write(json.dumps(record) + "\n")
-        done, last = step / self.args.steps, step == self.args.steps
-        live = sys.stderr.isatty()
+        last, live = step == self.args.steps, sys.stderr.isatty()
         if live or last or step % max(self.args.steps // 20, 1) == 0:
-            bar = "#" * round(20 * done)
+            bar = "#" * round(20 * step / self.args.steps)
             mfu = f"  mfu {record['mfu']:.1%}" if self.peak else ""
             sys.stderr.write(f"{chr(13) if live else ''}[{bar:<20}] step {step}/{self.args.steps}  loss {result.loss:.4f}  "
                              f"{record['tokens_per_second']:,.0f} tokens/s{mfu}{chr(10) if last or not live else ''}")

@@ -1,7 +1,5 @@
 """One training step on any layout: pipeline, sum, clip, step. What `train.py` repeats and the tests compare."""
 
-from __future__ import annotations
-
 import math
 from datetime import timedelta
 from typing import NamedTuple
@@ -15,8 +13,7 @@ from gpt4lib.distributed.grid import connect
 from gpt4lib.distributed.layout import build, check
 from gpt4lib.distributed.pipeline import Pipeline, StepRecord
 from gpt4lib.nn.numerics import Numerics
-from gpt4lib.specs.model import ModelSpec
-from gpt4lib.specs.workload import ParallelPlan
+from gpt4lib.specs import ModelSpec, ParallelPlan
 
 
 class StepResult(NamedTuple):
@@ -59,8 +56,7 @@ class Trainer:
         if len(batch) != plan.global_batch:
             raise ValueError(f"a batch of {len(batch)} is not micro_batch={plan.micro_batch} x n_micro_batches="
                              f"{plan.n_micro_batches} x dp={plan.dp}; give {plan.global_batch} sequences")
-        mine = batch.view(plan.n_micro_batches, plan.dp, plan.micro_batch, *batch.shape[1:])[:, self.groups.at["dp"]]
-        return list(mine)
+        return list(batch.view(plan.n_micro_batches, plan.dp, plan.micro_batch, *batch.shape[1:])[:, self.groups.at["dp"]])
 
     def backward(self, batch: Tensor | list[Tensor]) -> tuple[StepRecord, StepResult]:
         """Forward and backward of int64 [global_batch, seq_len + 1], gradients reduced and waiting for `step`.

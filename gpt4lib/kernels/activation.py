@@ -1,7 +1,5 @@
 """What stands between the two matrices of a feed-forward block, and its gradient written out."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

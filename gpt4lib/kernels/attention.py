@@ -1,7 +1,5 @@
 """Softmax attention over any number of key/value heads: the oracle, two fast paths, one dispatcher."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 
 import torch

@@ -4,8 +4,6 @@ A sequence's keys live in pages scattered over a pool; `table` says which. The q
 one when decoding, a handful when a speculative guess is verified. Kwon et al. 2023, arXiv:2309.06180, section 4.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula

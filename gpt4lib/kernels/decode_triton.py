@@ -4,8 +4,6 @@ All query heads of a key/value head, and all queries of a sequence, share one ti
 Dao et al. 2023, "Flash-Decoding for long-context inference"; Kwon et al. 2023, arXiv:2309.06180.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl
@@ -111,16 +109,14 @@ def forward(q: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor, lengths:
     parts = torch.empty(batch, tiles, splits, size["ROWS"], size["COLS"], device=q.device, dtype=torch.float32)
     lse = parts.new_empty(parts.shape[:-1])
     out = torch.empty(q.shape, device=q.device, dtype=q.dtype)
-    k_page, k_row, k_head, k_col = k_pages.stride()
-    v_page, v_row, v_head, v_col = v_pages.stride()
     q = q if q.stride(3) == 1 else q.contiguous()
-    if k_col != 1 or v_col != 1:
+    if k_pages.stride(3) != 1 or v_pages.stride(3) != 1:
         raise ValueError("the last dimension of the pages must be contiguous; store a key's channels side by side")
-    shared = dict(GROUP=group, QUERIES=queries, WIDTH=width, TILES=size["TILES"], CHUNK=chunk,
-                  ROWS=size["ROWS"], COLS=size["COLS"])
+    keys = size.pop("KEYS")                                # merging knows no keys
+    shared = dict(GROUP=group, QUERIES=queries, WIDTH=width, CHUNK=chunk, **size)
     split[(batch, tiles, splits)](
         q, k_pages, v_pages, table, lengths, parts, lse, width ** -0.5 * 1.4426950408889634, window, page_size,
-        *q.stride()[:3], k_page, k_row, k_head, v_page, v_row, v_head, table.stride(0), splits,
-        KEYS=size["KEYS"], F32=interpreting(), **shared, **LAUNCH)
+        *q.stride()[:3], *k_pages.stride()[:3], *v_pages.stride()[:3], table.stride(0), splits,
+        KEYS=keys, F32=interpreting(), **shared, **LAUNCH)
     merge[(batch, n_kv, group * queries)](parts, lse, lengths, out, splits, HEADS=n_kv, **shared)
     return out

@@ -4,8 +4,6 @@ Routing is one tensor, `chosen` int64 [tokens, top_k]: the experts of every toke
 a slot that holds n_experts was dropped and costs nothing. Everything else is derived from it.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -4,8 +4,6 @@ One kernel serves both products of the layer, for many tokens and for few: the f
 and ends in the activation, the second scatters rows back to their slots. Tan et al. 2024, arXiv:2403.08245.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -4,8 +4,6 @@ torch's grouped_mm multiplies every run of rows by its own expert's matrix in on
 each makes in a CPU's caches and has a fast case for a few rows. `why_by_expert` says which, and why.
 """
 
-from __future__ import annotations
-
 from typing import Iterator
 
 import torch

@@ -1,7 +1,5 @@
 """Whether Triton's kernels can run here: compiled on CUDA, or interpreted on a CPU when TRITON_INTERPRET=1 is set."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

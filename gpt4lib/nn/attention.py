@@ -1,7 +1,5 @@
 """Attention layers built from a spec: multi-head, grouped-query and multi-query are one module."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

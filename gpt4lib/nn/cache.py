@@ -1,7 +1,5 @@
 """The key/value cache: what a sequence keeps so that each new token costs one forward pass of one token."""
 
-from __future__ import annotations
-
 import copy
 
 import torch

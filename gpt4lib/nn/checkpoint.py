@@ -4,8 +4,6 @@ One table serves both directions: for each tensor of theirs, the pieces of ours 
 loading one can run any code.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from itertools import chain, count
@@ -17,7 +15,8 @@ from torch import Tensor
 
 from gpt4lib.nn.numerics import Llama3Rope, Numerics, positive
 from gpt4lib.nn.transformer import Transformer
-from gpt4lib.specs.model import ModelSpec
+from gpt4lib.specs import ModelSpec, huggingface
+from gpt4lib.specs.checks import require
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 SHARD = re.compile(r"model\d*-\d{5}-of-\d{5}\.safetensors")
@@ -45,6 +44,7 @@ GPT2_DEFAULTS = {"layer_norm_epsilon": 1e-5, "activation_function": "gelu_new"}
 DEFAULTS = {"llama": LLAMA_DEFAULTS, "mistral": LLAMA_DEFAULTS, "gpt2": GPT2_DEFAULTS,
             "mixtral": LLAMA_DEFAULTS | {"rms_norm_eps": 1e-5, "rope_theta": 1e6},
             "gpt_bigcode": GPT2_DEFAULTS | {"activation_function": "gelu_pytorch_tanh"}}
+GELUS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
 LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -59,6 +59,10 @@ class Entry(NamedTuple):
         rows = sum(len(p) for p in self.parts), *self.parts[0].shape[1:]
         return rows[::-1] if self.transposed else rows
 
+    @property
+    def nbytes(self) -> int:
+        return sum(p.nbytes for p in self.parts)
+
     def stored(self) -> Tensor:
         """A copy as they store it."""
         whole = torch.cat(self.parts)
@@ -68,7 +72,7 @@ class Entry(NamedTuple):
 def layout(model: Transformer, family: str) -> list[Entry]:
     """Every tensor of a checkpoint of this family, as views into the model's parameters."""
     ours = {name: p.detach() for name, p in model.named_parameters()}
-    entries, used = [], set()
+    entries = []
     for layer in range(model.spec.n_layers):
         for theirs, stems in FAMILIES[family].items():
             if layer and "{i}" not in theirs:
@@ -76,17 +80,15 @@ def layout(model: Transformer, family: str) -> list[Entry]:
             for kind in (".weight", ".bias"):
                 names = [s.format(i=layer) + kind for s in stems.split("+")]
                 if names[0] in ours:
-                    conv = family == "gpt2" and (".c_" in theirs) and kind == ".weight"      # their Conv1D: [in, out]
-                    entries.append(Entry(theirs.format(i=layer) + kind, tuple(ours[n] for n in names), conv))
-                    used |= set(names)
+                    conv = family == "gpt2" and ".c_" in theirs and kind == ".weight"        # their Conv1D: [in, out]
+                    entries.append(Entry(theirs.format(i=layer) + kind, tuple(ours.pop(n) for n in names), conv))
         stacked = [f"layers.{layer}.moe.experts.{w}" for w in ("w_in", "w_out")]
         if stacked[0] in ours and family == "mixtral":
-            for e, (w_in, w_out) in enumerate(zip(*(ours[n] for n in stacked))):
+            for e, (w_in, w_out) in enumerate(zip(*(ours.pop(n) for n in stacked))):
                 for w, part in zip(("w1", "w3", "w2"), (*w_in.chunk(2), w_out)):
                     entries.append(Entry(f"model.layers.{layer}.block_sparse_moe.experts.{e}.{w}.weight", (part,), False))
-            used |= set(stacked)
-    if set(ours) - used:
-        raise ValueError(f"{model.spec.name}: {min(set(ours) - used)} has no place in a {family} checkpoint")
+    if ours:
+        raise ValueError(f"{model.spec.name}: {min(ours)} has no place in a {family} checkpoint")
     return entries
 
 
@@ -97,8 +99,7 @@ def numerics_of(config: Mapping[str, Any]) -> Numerics:
     known = {"rope_theta": 10_000.0, **DEFAULTS[family], **config}
     llama = FAMILIES[family] is LLAMA
     activation = known["hidden_act" if llama else "activation_function"]
-    gelu = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
-    accepted = ("silu",) if llama else tuple(gelu)
+    accepted = ("silu",) if llama else tuple(GELUS)
     where = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"      # the old name wins in transformers too
     rope = config.get(where) or {}
     if not isinstance(rope, Mapping):
@@ -111,13 +112,12 @@ def numerics_of(config: Mapping[str, Any]) -> Numerics:
                       (not config.get("scale_attn_weights", True), "scale_attn_weights=false; accepted: true"),
                       (config.get("add_cross_attention"), "add_cross_attention=true; accepted: false"),
                       (not config.get("multi_query", True), "multi_query=false; accepted: true")):
-        if bad:
-            raise ValueError(f"{family} config: this model does not compute {what}")
+        require(not bad, f"{family} config: this model does not compute {what}")
     eps = "rms_norm_eps" if llama else "layer_norm_epsilon"
     try:
         llama3 = [positive(key, rope.get(key)) for key in LLAMA3_KEYS] if kind == "llama3" else []
         base = float(positive("rope_theta", rope["rope_theta"]))
-        return Numerics(positive(eps, known[eps]), base, gelu.get(activation, "none"), Llama3Rope(*llama3) if llama3 else None)
+        return Numerics(positive(eps, known[eps]), base, GELUS.get(activation, "none"), Llama3Rope(*llama3) if llama3 else None)
     except ValueError as e:
         raise ValueError(f"{family} config: {e}") from None
 
@@ -145,12 +145,10 @@ def _files(folder: Path) -> dict[str, Path]:
                 names = opened.keys()
         except SafetensorError as e:
             raise ValueError(f"{file} is not a whole safetensors file ({e}); it may be truncated, fetch it again") from None
-        twice = sorted(set(names) & set(held))
-        if twice:
+        if twice := sorted(set(names) & set(held)):
             raise ValueError(f"tensor {twice[0]!r} is held twice, by {held[twice[0]]} and {file.name}; delete it from one")
         held |= dict.fromkeys(names, file)
-    absent = sorted(name for name, file in files.items() if name and held.get(name) != file)
-    if absent:
+    if absent := sorted(name for name, file in files.items() if name and held.get(name) != file):
         raise ValueError(f"{index} places tensor {absent[0]!r} in {files[absent[0]].name}, which does not hold it")
     return held
 
@@ -162,8 +160,7 @@ def _tensors(held: Mapping[str, Path]) -> Iterator[tuple[str, Tensor]]:
         with safe_open(file, "pt") as opened:
             for name in (n for n, f in held.items() if f == file):
                 kind = opened.get_slice(name).get_dtype()
-                if kind not in FLOATS:
-                    raise ValueError(f"tensor {name!r} in {file} is stored as {kind}; accepted: {', '.join(FLOATS)}")
+                require(kind in FLOATS, f"tensor {name!r} in {file} is stored as {kind}; accepted: {', '.join(FLOATS)}")
                 yield name, opened.get_tensor(name)
 
 
@@ -174,8 +171,7 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "
     Families: llama, mistral, mixtral, gpt_bigcode (multi-query), gpt2. Raises ValueError, one line naming the file
     and the tensor, for anything missing, unknown, of another shape, truncated or pickled.
     """
-    folder = Path(folder)
-    spec = ModelSpec.from_hf(folder)
+    folder, spec = Path(folder), ModelSpec.from_hf(Path(folder))
     config = json.loads((folder / "config.json").read_text("utf8"))
     family = config.get("model_type")
     if family not in FAMILIES:
@@ -214,25 +210,19 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "
 def config_of(model: Transformer) -> dict[str, Any]:
     """The config.json of a model that one of the families can express; ValueError otherwise."""
     s, numerics = model.spec, model.numerics
-    act = "gelu_pytorch_tanh" if numerics.gelu == "tanh" else "gelu"
     if s.positions == "learned":
-        config = dict(model_type="gpt_bigcode" if s.n_kv_heads == 1 < s.n_heads else "gpt2", n_layer=s.n_layers, n_embd=s.d_model,
-                      n_head=s.n_heads, n_inner=s.d_ff, n_positions=s.context, activation_function=act,
-                      layer_norm_epsilon=numerics.norm_eps)
-        if config["model_type"] == "gpt_bigcode":
-            config["multi_query"] = True
+        family = "gpt_bigcode" if s.n_kv_heads == 1 < s.n_heads else "gpt2"
+        config = dict(n_inner=s.d_ff, activation_function="gelu_pytorch_tanh" if numerics.gelu == "tanh" else "gelu",
+                      layer_norm_epsilon=numerics.norm_eps, **({"multi_query": True} if family == "gpt_bigcode" else {}))
     else:
-        config = dict(model_type="mixtral" if s.is_moe else "mistral" if s.window else "llama", num_hidden_layers=s.n_layers,
-                      hidden_size=s.d_model, num_attention_heads=s.n_heads, num_key_value_heads=s.n_kv_heads,
-                      head_dim=s.head_dim, intermediate_size=s.d_expert if s.is_moe else s.d_ff, hidden_act="silu",
-                      max_position_embeddings=s.context, rms_norm_eps=numerics.norm_eps, attention_bias=s.qkv_bias,
-                      mlp_bias=s.ffn_bias, sliding_window=s.window,
-                      rope_parameters={"rope_theta": numerics.rope_base, "rope_type": "default"})
-        if numerics.llama3 is not None:
-            config["rope_parameters"] |= {"rope_type": "llama3", **numerics.llama3.as_config()}
-        if s.is_moe:
-            config |= dict(num_local_experts=s.n_experts, num_experts_per_tok=s.top_k)
-    config |= dict(vocab_size=s.vocab_size, tie_word_embeddings=s.tied)
+        family = "mixtral" if s.is_moe else "mistral" if s.window else "llama"
+        llama3 = {} if numerics.llama3 is None else {"rope_type": "llama3", **numerics.llama3.as_config()}
+        config = dict(intermediate_size=s.d_expert if s.is_moe else s.d_ff, hidden_act="silu", sliding_window=s.window,
+                      rms_norm_eps=numerics.norm_eps,
+                      rope_parameters={"rope_theta": numerics.rope_base, "rope_type": "default", **llama3})
+    table = huggingface.FAMILIES[family].items()
+    named = {look.name: getattr(s, field) for field, look in table if isinstance(look, huggingface.Key)}
+    config = {"model_type": family, **named, **config}
     again = ModelSpec.from_hf(config).with_(name=s.name, d_ff=s.d_ff)
     different = [f for f in s.__dataclass_fields__ if getattr(again, f) != getattr(s, f)]
     if different or numerics_of(config) != numerics:
@@ -252,16 +242,12 @@ def save(model: Transformer, folder: str | Path, shard_bytes: int = 5 * 10**9) -
     from safetensors.torch import save_file
     folder, config = Path(folder), config_of(model)
     folder.mkdir(parents=True, exist_ok=True)
+    entries = layout(model, config["model_type"])
     shards: list[list[Entry]] = [[]]
-    filled = total = 0
-    for entry in layout(model, config["model_type"]):
-        size = sum(p.nbytes for p in entry.parts)
-        if shards[-1] and filled + size > shard_bytes:
+    for entry in entries:
+        if shards[-1] and sum(e.nbytes for e in shards[-1]) + entry.nbytes > shard_bytes:
             shards.append([])
-            filled = 0
         shards[-1].append(entry)
-        filled += size
-        total += size
     config["dtype"] = str(model.embedding.weight.dtype).removeprefix("torch.")
     files, texts = [SINGLE], {"config.json": config}
     if len(shards) > 1:
@@ -269,7 +255,7 @@ def save(model: Transformer, folder: str | Path, shard_bytes: int = 5 * 10**9) -
                    for n in chain([""], count(1)))
         files = next(names for names in choices if not any((folder / name).exists() for name in names))
         places = {e.name: file for file, entries in zip(files, shards) for e in entries}
-        texts = {INDEX: {"metadata": {"total_size": total}, "weight_map": places}, **texts}
+        texts = {INDEX: {"metadata": {"total_size": sum(e.nbytes for e in entries)}, "weight_map": places}, **texts}
     temporary = {folder / file: folder / (file + ".tmp") for file in (*files, *texts)}
     try:
         for file, entries in zip(files, shards):

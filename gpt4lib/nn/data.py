@@ -1,7 +1,5 @@
 """Text and code that every Python carries, as bytes: enough to train a small model on without fetching anything."""
 
-from __future__ import annotations
-
 import bisect
 import hashlib
 import itertools
@@ -12,6 +10,8 @@ from typing import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
+
+from gpt4lib.specs.checks import require
 
 VOCAB_SIZE = 256
 END = b"\0"         # closes a document: no text holds it
@@ -57,11 +57,10 @@ class Mixture:
     """
 
     def __init__(self, sources: Mapping[str, Sequence[bytes]], epochs: Mapping[str, int], length: int, seed: int = 0) -> None:
-        if sources.keys() != epochs.keys() or not all(sources.values()):
-            raise ValueError(f"epochs for {sorted(epochs)} do not go with the sources {sorted(sources)}; name the same, none empty")
+        require(sources.keys() == epochs.keys() and all(sources.values()),
+                f"epochs for {sorted(epochs)} do not go with the sources {sorted(sources)}; name the same, none empty")
         for what, value in {**epochs, "length": length}.items():
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{what}={value!r} is not accepted; give an integer >= 1")
+            require(type(value) is int and value >= 1, f"{what}={value!r} is not accepted; give an integer >= 1")
         self.sources, self.length = sources, length
         order = []
         for name, documents in sources.items():
@@ -70,8 +69,7 @@ class Mixture:
                 order += [((epoch + place / len(documents)) / epochs[name], name, which) for place, which in enumerate(shuffled)]
         self.order = [(name, which) for _, name, which in sorted(order)]
         self._ends = list(itertools.accumulate(len(sources[name][which]) + len(END) for name, which in self.order))
-        if len(self) < 1:
-            raise ValueError(f"{self._ends[-1:]} tokens do not fill a window of {length} + 1; give more, or a shorter length")
+        require(len(self), f"{self._ends[-1:]} tokens do not fill a window of {length} + 1; give more, or a shorter length")
 
     def __len__(self) -> int:
         """Whole windows, each with the token that follows it."""
@@ -115,8 +113,7 @@ def read(path: str | Path) -> Tensor:
     path = Path(path)
     kind = torch.uint16 if path.suffix == ".bin" else torch.uint8
     size = path.stat().st_size // kind.itemsize
-    if not size:
-        raise ValueError(f"{path} holds no tokens; give a file of bytes, or of uint16 tokens that ends in .bin")
+    require(size, f"{path} holds no tokens; give a file of bytes, or of uint16 tokens that ends in .bin")
     return torch.from_file(str(path), shared=False, size=size, dtype=kind)
 
 

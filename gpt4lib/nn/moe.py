@@ -1,7 +1,5 @@
 """Feed-forward blocks, and a mixture of them with a learned router."""
 
-from __future__ import annotations
-
 import contextlib
 from typing import Iterator, NamedTuple
 
@@ -61,19 +59,16 @@ class Router(nn.Linear):
         self.top_k, self.renormalise, self.jitter, self.capacity_factor = spec.top_k, renormalise, jitter, capacity_factor
 
     def forward(self, x: Tensor) -> Routing:
-        with torch.autocast(x.device.type, enabled=False):       # autocast would put the product back into bfloat16
-            return self._route(x.to(torch.promote_types(x.dtype, torch.float32)))
-
-    def _route(self, x: Tensor) -> Routing:
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
         if self.training and self.jitter:
             x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
-        logits = F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        with torch.autocast(x.device.type, enabled=False):       # autocast would put the product back into bfloat16
+            logits = F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
         top, chosen = logits.topk(self.top_k)
         gates = top.softmax(-1) if self.renormalise else logits.softmax(-1).gather(1, chosen)
         if self.training and self.capacity_factor is not None:
             n_experts = logits.shape[1]
-            capacity = -int(-self.capacity_factor * chosen.numel() // n_experts)
-            chosen = within_capacity(chosen, n_experts, capacity)
+            chosen = within_capacity(chosen, n_experts, -int(-self.capacity_factor * chosen.numel() // n_experts))
         return Routing(logits, chosen, gates)
 
 
@@ -135,8 +130,7 @@ def routings(model: nn.Module) -> Iterator[list[Routing]]:
     One Routing a mixture layer; a layer that is recomputed in the backward pass is seen twice.
     """
     seen: list[Routing] = []
-    hooks = [m.register_forward_hook(lambda _m, _x, out: seen.append(out)) for m in model.modules()
-             if isinstance(m, Router)]
+    hooks = [m.register_forward_hook(lambda _m, _x, out: seen.append(out)) for m in model.modules() if isinstance(m, Router)]
     try:
         yield seen
     finally:

@@ -1,13 +1,13 @@
 """What changes a model's numbers but none of its counts; a ModelSpec holds the rest."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from gpt4lib.specs.checks import require_known
 
 
 def positive(name: str, value: Any) -> float:
@@ -56,8 +56,7 @@ class Numerics:
     llama3: Llama3Rope | None = None
 
     def __post_init__(self) -> None:
-        if self.gelu not in ("none", "tanh"):
-            raise ValueError(f"gelu={self.gelu!r} is not known; accepted: none, tanh")
+        require_known("gelu", self.gelu, ("none", "tanh"))
         for name in ("norm_eps", "rope_base"):
             positive(name, getattr(self, name))
 

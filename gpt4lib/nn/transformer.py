@@ -1,7 +1,5 @@
 """A decoder-only transformer built from a ModelSpec: small enough to read, complete enough to count."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import torch
@@ -14,9 +12,7 @@ from gpt4lib.nn.moe import FeedForward, MoE
 from gpt4lib.nn.numerics import Numerics
 from gpt4lib.specs.model import ModelSpec
 
-NORMS = {"rmsnorm": nn.RMSNorm,
-         "layernorm": nn.LayerNorm,
-         "layernorm_nobias": lambda d, eps: nn.LayerNorm(d, eps, bias=False)}
+NORMS = {"rmsnorm": nn.RMSNorm, "layernorm": nn.LayerNorm, "layernorm_nobias": partial(nn.LayerNorm, bias=False)}
 
 
 def initial(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
@@ -68,8 +64,8 @@ class Transformer(nn.Module):
         self.spec, self.numerics = spec, numerics
         norm = partial(NORMS[spec.norm], spec.d_model, numerics.norm_eps)
         self.embedding = nn.Embedding(spec.vocab_size, spec.d_model)
-        self.positions = (nn.Embedding(spec.context + spec.position_offset, spec.d_model)
-                          if spec.positions == "learned" else None)
+        rows = spec.context + spec.position_offset
+        self.positions = nn.Embedding(rows, spec.d_model) if spec.positions == "learned" else None
         self.embedding_norm = norm() if spec.embedding_norm else nn.Identity()
         self.layers = nn.ModuleList(Block(spec, i, numerics) for i in range(spec.n_layers))
         self.final_norm = norm() if spec.final_norm else nn.Identity()
@@ -87,7 +83,10 @@ class Transformer(nn.Module):
 
     def forward(self, tokens: Tensor, cache: KVCache | PagedKVCache | None = None) -> Tensor:
         n = tokens.shape[1]
-        self._check(n, 0 if cache is None else cache.known_length)
+        end = n if cache is None else cache.known_length + n
+        if end > self.spec.context:
+            raise ValueError(f"{end} tokens do not fit in context={self.spec.context}; shorten the prompt or build the model "
+                             f"from a spec with a longer context")
         positions = torch.arange(n, device=tokens.device) if cache is None else cache.positions(n, tokens.device)
         x = self.embedding(tokens)
         if self.positions is not None:
@@ -100,15 +99,8 @@ class Transformer(nn.Module):
         weight = self.embedding.weight if self.head is None else self.head.weight
         return F.linear(self.final_norm(x), weight, self.head_bias)
 
-    def _check(self, n_tokens: int, start: int) -> None:
-        end = start + n_tokens
-        if end > self.spec.context:
-            raise ValueError(f"{end} tokens do not fit in context={self.spec.context}; shorten the prompt "
-                             f"or build the model from a spec with a longer context")
-
     @torch.no_grad()
-    def generate(self, tokens: Tensor, n_new: int, temperature: float = 0.0,
-                 generator: torch.Generator | None = None) -> Tensor:
+    def generate(self, tokens: Tensor, n_new: int, temperature: float = 0.0, generator: torch.Generator | None = None) -> Tensor:
         """Append n_new tokens: the most likely one at temperature 0, otherwise sampled.
 
         tokens [batch, prompt] -> [batch, prompt + n_new]; the prompt is read once, then one token a step.
@@ -116,10 +108,8 @@ class Transformer(nn.Module):
         cache, step = KVCache(), tokens
         for _ in range(n_new):
             logits = self.forward(step, cache)[:, -1]                  # [batch, vocab_size]
-            if temperature == 0:
-                step = logits.argmax(-1, keepdim=True)
-            else:
-                step = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+            step = (logits.argmax(-1, keepdim=True) if temperature == 0 else
+                    torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
             tokens = torch.cat([tokens, step], 1)
         return tokens
 

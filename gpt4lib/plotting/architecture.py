@@ -1,7 +1,5 @@
 """Pictures of a model's shape: where the parameters sit, and what one layer looks like."""
 
-from __future__ import annotations
-
 from typing import Mapping
 
 from matplotlib.figure import Figure

@@ -1,7 +1,5 @@
 """Which query heads share which key/value head, drawn from specifications side by side."""
 
-from __future__ import annotations
-
 from typing import Mapping
 
 from matplotlib.figure import Figure

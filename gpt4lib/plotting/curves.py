@@ -1,7 +1,5 @@
 """Curves and scatter plots: a shape that follows from its counts, and models side by side."""
 
-from __future__ import annotations
-
 import math
 from typing import Callable, Mapping, Sequence
 

@@ -1,7 +1,5 @@
 """Lines against a logarithmic or plain axis, each named at its end: the chart most chapters need."""
 
-from __future__ import annotations
-
 import math
 from typing import Callable, Mapping, Sequence
 

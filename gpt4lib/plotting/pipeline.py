@@ -1,7 +1,5 @@
 """A pipeline's timeline: one row a stage, one block an action, and the time it stands still."""
 
-from __future__ import annotations
-
 from typing import Sequence
 
 from matplotlib.axes import Axes

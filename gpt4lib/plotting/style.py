@@ -5,8 +5,6 @@ a cell. Text stays text in the SVG, measured with the font that ships with matpl
 are placed in inches: nothing depends on the fonts of the machine that draws.
 """
 
-from __future__ import annotations
-
 import functools
 import io
 from typing import Callable, Sequence

@@ -1,7 +1,5 @@
 """Counters on a live model. They look at tensors and operators, never at a formula."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -13,11 +11,8 @@ from gpt4lib.nn.transformer import Transformer
 from gpt4lib.specs.model import ModelSpec
 
 # The first matching fragment of a parameter's name decides its part.
-PART_OF_NAME = (
-    (".moe.router", "router"), (".moe.experts", "experts"), (".moe.shared", "shared_experts"),
-    (".ffn", "ffn"), (".attention", "attention"), ("norm", "norms"),
-    ("embedding", "embedding"), ("positions", "positions"), ("head", "head"),
-)
+PART_OF_NAME = ((".moe.router", "router"), (".moe.experts", "experts"), (".moe.shared", "shared_experts"), (".ffn", "ffn"),
+                (".attention", "attention"), ("norm", "norms"), *((name, name) for name in ("embedding", "positions", "head")))
 
 # torch counts the GPU kernels of fused attention, but not the CPU one: same rule, one more operator.
 CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
@@ -28,8 +23,7 @@ def count_parameters(model: Transformer) -> dict[str, int]:
     """Parameters of the live modules by part, and "total"; a shared tensor counts once."""
     counted = {part: 0 for _, part in PART_OF_NAME}
     for name, p in model.named_parameters():
-        part = next(part for fragment, part in PART_OF_NAME if fragment in name)
-        counted[part] += p.numel()
+        counted[next(part for fragment, part in PART_OF_NAME if fragment in name)] += p.numel()
     counted["total"] = sum(counted.values())
     return counted
 

@@ -1,7 +1,5 @@
 """What autograd keeps for the backward pass: the activations, counted as memory and not as tensors."""
 
-from __future__ import annotations
-
 from typing import Iterable
 
 from torch import Tensor, UntypedStorage, nn

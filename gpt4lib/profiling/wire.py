@@ -1,7 +1,5 @@
 """What goes over the wire: every collective torch.distributed is asked for, ours or PyTorch's own."""
 
-from __future__ import annotations
-
 from collections import Counter
 from typing import Any, NamedTuple
 
@@ -68,25 +66,21 @@ class count_wire(TorchDispatchMode):
             group = args[-1]
             if not isinstance(group, dist.ProcessGroup):
                 group = dist.distributed_c10d._resolve_process_group(group)
-            self._functional(FUNCTIONAL[name_of(func)], args, group)
+            kind = FUNCTIONAL[name_of(func)]
+            size = _bytes(args[0]) * (group.size() if kind == "all_gather" else 1)
+            self._add(kind, size, args[0], group, (None, None, args[2] if kind == "all_to_all" else None))
         return func(*args, **(kwargs or {}))
-
-    def _functional(self, kind: str, args: tuple, group: dist.ProcessGroup) -> None:
-        size = _bytes(args[0]) * (group.size() if kind == "all_gather" else 1)
-        self._add(kind, size, args[0], group, (None, None, args[2] if kind == "all_to_all" else None))
 
     def _add(self, kind: str, size: int, tensor: Any, group: dist.ProcessGroup, rest: tuple) -> None:
         """`rest`: what follows the tensors in torch's operator: the root of a broadcast, the splits of an all-to-all."""
         n = group.size()
-        turns = {"all_reduce": 2, "reduce_scatter": 1, "all_gather": 1}.get(kind, 0)
-        sent = turns * (n - 1) * -(-size // n)
-        if kind == "send":
-            sent = size
-        elif kind == "broadcast":
-            sent = size if group.rank() == rest[0] else 0
-        elif kind == "all_to_all":
+        if kind == "all_to_all":
             splits = rest[2] or [len(tensor) // n] * n
             sent = size - splits[group.rank()] * (size // max(len(tensor), 1))
+        elif kind in ("send", "broadcast"):
+            sent = size if kind == "send" or group.rank() == rest[0] else 0
+        else:
+            sent = (2 if kind == "all_reduce" else 1) * (n - 1) * -(-size // n)
         self.calls.append(Call(kind, size, tuple(dist.get_process_group_ranks(group)), sent))
 
     def sent(self) -> dict[str, int]:

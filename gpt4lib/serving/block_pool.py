@@ -1,7 +1,5 @@
 """The KV cache as fixed-size blocks with reference counts. Kwon et al. 2023, arXiv:2309.06180, section 4."""
 
-from __future__ import annotations
-
 
 class BlockPool:
     """n_blocks of block_size tokens each. A block is free when nobody refers to it; free + used == total."""

@@ -3,8 +3,6 @@
 Knows neither torch nor clocks, so that a real engine and a simulator can drive the same object.
 """
 
-from __future__ import annotations
-
 from collections import deque
 
 from gpt4lib.serving.block_pool import BlockPool

@@ -1,7 +1,5 @@
 """One request on its way through the engine."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 

@@ -1,7 +1,7 @@
 """What a model, a device, a cluster and a workload *are*. Standard library only."""
 
-from gpt4lib.specs.hardware import ClusterSpec, DeviceSpec
+from gpt4lib.specs.hardware import ClusterSpec, DeviceSpec, dtype_bytes
 from gpt4lib.specs.model import Indexer, LatentAttention, LinearAttention, ModelSpec
 from gpt4lib.specs.workload import ParallelPlan
 
-__all__ = ["ClusterSpec", "DeviceSpec", "Indexer", "LatentAttention", "LinearAttention", "ModelSpec", "ParallelPlan"]
+__all__ = ["ClusterSpec", "DeviceSpec", "Indexer", "LatentAttention", "LinearAttention", "ModelSpec", "ParallelPlan", "dtype_bytes"]

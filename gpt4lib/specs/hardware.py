@@ -1,13 +1,12 @@
 """What a device and a cluster *are*: dense peaks, memory, links; SI units as plain numbers."""
 
-from __future__ import annotations
-
 import math
 import os
 from dataclasses import dataclass, field, replace
 from typing import Any, Mapping
 
 from gpt4lib.specs import registry
+from gpt4lib.specs.checks import require, require_counts
 
 DTYPE_BYTES = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "int8": 1, "fp4": 0.5, "int4": 0.5}
 
@@ -20,8 +19,8 @@ def dtype_bytes(dtype: str) -> float:
 
 
 def _positive(owner: str, name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{owner}: {name}={value!r} is not accepted; give a positive finite number")
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+    require(number, f"{owner}: {name}={value!r} is not accepted; give a positive finite number")
 
 
 @dataclass(frozen=True)
@@ -40,8 +39,7 @@ class DeviceSpec:
     def __post_init__(self) -> None:
         for name in ("memory_bytes", "memory_bandwidth", "link_bandwidth", "power_watts"):
             _positive(self.name, name, getattr(self, name))
-        if not self.peak:
-            raise ValueError(f"{self.name}: peak is empty; give FLOP/s for at least one dtype")
+        require(self.peak, f"{self.name}: peak is empty; give FLOP/s for at least one dtype")
         for dtype, rate in self.peak.items():
             dtype_bytes(dtype)
             _positive(self.name, f"peak[{dtype}]", rate)
@@ -74,17 +72,14 @@ class ClusterSpec:
     inter_node_bandwidth: float
 
     def __post_init__(self) -> None:
-        for name in ("n_devices", "devices_per_node"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{self.name}: {name}={value!r} is not accepted; give an integer >= 1")
+        require_counts(self, 1, "n_devices", "devices_per_node", prefix=f"{self.name}: ")
         _positive(self.name, "inter_node_bandwidth", self.inter_node_bandwidth)
 
     @classmethod
     def preset(cls, name: str) -> "ClusterSpec":
         """A cluster shipped with the library, e.g. "dgx-a100"; ValueError names the known ones."""
         values = registry.load("clusters", name)
-        return cls(name=name, **{**values, "device": DeviceSpec.preset(values["device"])})
+        return cls(name=name, **values | {"device": DeviceSpec.preset(values["device"])})
 
     @classmethod
     def around(cls, device: str, devices_per_node: int | None = None) -> "ClusterSpec":
@@ -93,14 +88,12 @@ class ClusterSpec:
         known, like = DeviceSpec.presets(), lambda name: len(os.path.commonprefix([name, device]))    # noqa: E731
         alike = [d for d in known if d.split("-")[0] == device.split("-")[0]]
         name = device if device in known else max(alike, key=like, default=None)
-        if name is None:
-            raise ValueError(f"device {device!r} is not a preset; accepted: {', '.join(known)}")
+        require(name, f"device {device!r} is not a preset; accepted: {', '.join(known)}")
         chosen, presets = DeviceSpec.preset(name), [cls.preset(c) for c in cls.presets()]
-        alike = ([c for c in presets if c.device.name == name and c.devices_per_node == devices_per_node]
-                 or [c for c in presets if c.device.name == name]
+        same = [c for c in presets if c.device.name == name]
+        alike = ([c for c in same if c.devices_per_node == devices_per_node] or same
                  or [c for c in presets if c.device.generation == chosen.generation])
-        if not alike:
-            raise ValueError(f"no cluster of {name} is known; accepted: {', '.join(cls.presets())}")
+        require(alike, f"no cluster of {name} is known; accepted: {', '.join(cls.presets())}")
         return replace(alike[0], name=f"around {name}", device=chosen,
                        devices_per_node=devices_per_node or alike[0].devices_per_node)
 

@@ -4,8 +4,6 @@ Multimodal configs are read for their text decoder. Multi-token-prediction layer
 `transformers` does not load them either. What decides a count is never guessed: a missing size is an error.
 """
 
-from __future__ import annotations
-
 import difflib
 import json
 from pathlib import Path

@@ -1,28 +1,15 @@
 """What a decoder-only transformer *is*: the numbers that decide its parameters, FLOPs and bytes."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields, replace
 from typing import Any, Mapping
 
 from gpt4lib.specs import registry
+from gpt4lib.specs.checks import require, require_counts, require_known
 
 LAYER_KINDS = ("full", "window", "linear")
 POSITIONS = ("rotary", "learned", "relative", "alibi", "none")
 NORMS = ("layernorm", "layernorm_nobias", "rmsnorm")
 QK_NORMS = ("none", "head", "full")
-
-
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _check_counts(spec: Any, least: int, *names: str, owner: str = "") -> None:
-    """A count is a plain int; bool, float (NaN included) and str are refused by type."""
-    for name in names:
-        value = getattr(spec, name)
-        _check(type(value) is int and value >= least, f"{owner}{name}={value!r} is not accepted; give an integer >= {least}")
 
 
 @dataclass(frozen=True)
@@ -36,7 +23,7 @@ class Indexer:
     layers: int | None = None        # how many layers own one; None = every layer
 
     def __post_init__(self) -> None:
-        _check_counts(self, 1, "n_heads", "head_dim", owner="indexer.")
+        require_counts(self, 1, "n_heads", "head_dim", prefix="indexer.")
 
 
 @dataclass(frozen=True)
@@ -54,10 +41,10 @@ class LatentAttention:
     indexer: Indexer | None = None
 
     def __post_init__(self) -> None:
-        _check_counts(self, 1, "kv_rank", "nope_dim", "v_dim", owner="latent.")
-        _check_counts(self, 0, "rope_dim", owner="latent.")
+        require_counts(self, 1, "kv_rank", "nope_dim", "v_dim", prefix="latent.")
+        require_counts(self, 0, "rope_dim", prefix="latent.")
         if self.q_rank is not None:
-            _check_counts(self, 1, "q_rank", owner="latent.")
+            require_counts(self, 1, "q_rank", prefix="latent.")
 
 
 @dataclass(frozen=True)
@@ -73,10 +60,10 @@ class LinearAttention:
     conv_kernel: int
 
     def __post_init__(self) -> None:
-        _check_counts(self, 1, *(f.name for f in fields(self)), owner="linear.")
-        _check(self.n_value_heads % self.n_key_heads == 0,
-               f"linear.n_value_heads={self.n_value_heads} is not divisible by n_key_heads={self.n_key_heads}; "
-               f"value heads are shared evenly among key heads")
+        require_counts(self, 1, *(f.name for f in fields(self)), prefix="linear.")
+        require(self.n_value_heads % self.n_key_heads == 0,
+                f"linear.n_value_heads={self.n_value_heads} is not divisible by n_key_heads={self.n_key_heads}; "
+                f"value heads are shared evenly among key heads")
 
 
 @dataclass(frozen=True)
@@ -132,56 +119,55 @@ class ModelSpec:
     head_bias: bool = False
 
     def __post_init__(self) -> None:
-        _check(isinstance(self.name, str) and bool(self.name), f"name={self.name!r} must be a non-empty string")
-        _check_counts(self, 1, "n_layers", "d_model", "n_heads", "vocab_size", "context")
-        _check_counts(self, 0, "d_ff", "n_experts", "top_k", "d_shared", "position_offset", "norms_per_layer")
+        require(isinstance(self.name, str) and bool(self.name), f"name={self.name!r} must be a non-empty string")
+        require_counts(self, 1, "n_layers", "d_model", "n_heads", "vocab_size", "context")
+        require_counts(self, 0, "d_ff", "n_experts", "top_k", "d_shared", "position_offset", "norms_per_layer")
         if self.n_kv_heads is None:
             object.__setattr__(self, "n_kv_heads", self.n_heads)
-        _check_counts(self, 1, "n_kv_heads")
-        _check(self.n_heads % self.n_kv_heads == 0, f"n_heads={self.n_heads} is not divisible by n_kv_heads={self.n_kv_heads}; "
-               f"accepted: a divisor of n_heads, 1 for multi-query, n_heads for multi-head")
+        require_counts(self, 1, "n_kv_heads")
+        require(self.n_heads % self.n_kv_heads == 0, f"n_heads={self.n_heads} is not divisible by n_kv_heads={self.n_kv_heads}; "
+                f"accepted: a divisor of n_heads, 1 for multi-query, n_heads for multi-head")
         if self.head_dim is None:
-            _check(self.d_model % self.n_heads == 0, f"d_model={self.d_model} is not divisible by n_heads={self.n_heads}; "
-                   f"change one of them or set head_dim explicitly")
+            require(self.d_model % self.n_heads == 0, f"d_model={self.d_model} is not divisible by n_heads={self.n_heads}; "
+                    f"change one of them or set head_dim explicitly")
             object.__setattr__(self, "head_dim", self.d_model // self.n_heads)
-        _check_counts(self, 1, *(f for f in ("head_dim", "window", "d_expert", "d_embed") if getattr(self, f) is not None))
+        require_counts(self, 1, *(f for f in ("head_dim", "window", "d_expert", "d_embed") if getattr(self, f) is not None))
         for f, accepted in (("positions", POSITIONS), ("norm", NORMS), ("qk_norm", QK_NORMS)):
-            _check(getattr(self, f) in accepted, f"{f}={getattr(self, f)!r} is not known; accepted: {', '.join(accepted)}")
-        for f in (f.name for f in fields(self) if f.type == "bool"):
-            _check(type(getattr(self, f)) is bool, f"{f}={getattr(self, f)!r} is not accepted; give true or false")
+            require_known(f, getattr(self, f), accepted)
+        for f in (f.name for f in fields(self) if f.type is bool):
+            require(type(getattr(self, f)) is bool, f"{f}={getattr(self, f)!r} is not accepted; give true or false")
         self._check_experts()
         self._check_layers()
 
     def _check_experts(self) -> None:
         if self.n_experts == 0:
-            _check(self.top_k == 0 and self.d_shared == 0 and self.moe_layers is None,
-                   f"top_k={self.top_k}, d_shared={self.d_shared}, moe_layers={self.moe_layers} need n_experts >= 1; "
-                   f"for a dense model leave them out")
-            _check(self.d_ff >= 1, f"d_ff={self.d_ff} is not accepted; a dense model needs d_ff >= 1")
+            require(self.top_k == 0 and self.d_shared == 0 and self.moe_layers is None, f"top_k={self.top_k}, d_shared="
+                    f"{self.d_shared}, moe_layers={self.moe_layers} need n_experts >= 1; for a dense model leave them out")
+            require(self.d_ff >= 1, f"d_ff={self.d_ff} is not accepted; a dense model needs d_ff >= 1")
             return
-        _check(1 <= self.top_k <= self.n_experts, f"top_k={self.top_k} is not accepted; give 1 to n_experts={self.n_experts}")
+        require(1 <= self.top_k <= self.n_experts, f"top_k={self.top_k} is not accepted; give 1 to n_experts={self.n_experts}")
         if self.d_expert is None:
             object.__setattr__(self, "d_expert", self.d_ff)
-        _check_counts(self, 1, "d_expert")
+        require_counts(self, 1, "d_expert")
         if self.moe_layers is not None:
             layers = tuple(self.moe_layers)
             object.__setattr__(self, "moe_layers", layers)
-            _check(all(type(i) is int and 0 <= i < self.n_layers for i in layers) and list(layers) == sorted(set(layers)),
-                   f"moe_layers={layers} is not accepted; give increasing layer numbers "
-                   f"between 0 and n_layers-1={self.n_layers - 1}")
-        _check(self.d_ff >= 1 or not self.n_dense_layers,
-               f"d_ff={self.d_ff} is not accepted; {self.n_dense_layers} layers are dense and need d_ff >= 1")
+            require(all(type(i) is int and 0 <= i < self.n_layers for i in layers) and list(layers) == sorted(set(layers)),
+                    f"moe_layers={layers} is not accepted; give increasing layer numbers "
+                    f"between 0 and n_layers-1={self.n_layers - 1}")
+        require(self.d_ff >= 1 or not self.n_dense_layers,
+                f"d_ff={self.d_ff} is not accepted; {self.n_dense_layers} layers are dense and need d_ff >= 1")
 
     def _check_layers(self) -> None:
         kinds = ("window" if self.window else "full",) * self.n_layers if self.layer_kinds is None else tuple(self.layer_kinds)
         object.__setattr__(self, "layer_kinds", kinds)
-        _check(len(kinds) == self.n_layers,
-               f"layer_kinds has {len(kinds)} entries; give one for each of the {self.n_layers} layers")
+        require(len(kinds) == self.n_layers,
+                f"layer_kinds has {len(kinds)} entries; give one for each of the {self.n_layers} layers")
         unknown = sorted(set(kinds) - set(LAYER_KINDS))
-        _check(not unknown, f"layer_kinds holds {unknown}; accepted: {', '.join(LAYER_KINDS)}")
+        require(not unknown, f"layer_kinds holds {unknown}; accepted: {', '.join(LAYER_KINDS)}")
         for kind, give in (("window", "the window in tokens"), ("linear", "a LinearAttention")):
-            _check(kind not in kinds or getattr(self, kind) is not None,
-                   f"layer_kinds holds {kind!r} but {kind} is not set; give {give}")
+            require(kind not in kinds or getattr(self, kind) is not None,
+                    f"layer_kinds holds {kind!r} but {kind} is not set; give {give}")
 
     # --- derived -----------------------------------------------------------------------------------
     @property
@@ -229,10 +215,10 @@ class ModelSpec:
         values = dict(values)
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(values) - known)
-        _check(not unknown, f"model {values.get('name')!r}: unknown field(s) {', '.join(unknown)}; "
-                            f"accepted: {', '.join(sorted(known))}")
+        require(not unknown, f"model {values.get('name')!r}: unknown field(s) {', '.join(unknown)}; "
+                             f"accepted: {', '.join(sorted(known))}")
         missing = sorted({"name", "n_layers", "d_model", "n_heads", "d_ff", "vocab_size", "context"} - set(values))
-        _check(not missing, f"model {values.get('name')!r}: missing field(s) {', '.join(missing)}")
+        require(not missing, f"model {values.get('name')!r}: missing field(s) {', '.join(missing)}")
         if isinstance(values.get("latent"), Mapping):
             latent = dict(values["latent"])
             if isinstance(latent.get("indexer"), Mapping):

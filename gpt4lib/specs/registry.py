@@ -1,7 +1,5 @@
 """The presets: models, devices and clusters in TOML, each number with its source and status."""
 
-from __future__ import annotations
-
 import tomllib
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,8 +19,7 @@ class Source:
 
 @lru_cache(maxsize=None)
 def _tables(kind: str) -> dict[str, dict[str, Any]]:
-    text = resources.files("gpt4lib.specs").joinpath("presets", f"{kind}.toml").read_text("utf8")
-    return tomllib.loads(text)
+    return tomllib.loads(resources.files("gpt4lib.specs").joinpath("presets", f"{kind}.toml").read_text("utf8"))
 
 
 def names(kind: str) -> tuple[str, ...]:

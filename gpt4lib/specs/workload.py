@@ -1,9 +1,8 @@
 """How a model is laid out over devices."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
+from gpt4lib.specs.checks import require_counts, require_known
 from gpt4lib.specs.hardware import ClusterSpec
 from gpt4lib.specs.model import ModelSpec
 
@@ -36,15 +35,11 @@ class ParallelPlan:
     shard: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("tp", "pp", "dp", "ep", "cp", "micro_batch", "n_micro_batches", "n_chunks"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name}={value!r} is not accepted; give an integer >= 1")
+        require_counts(self, 1, "tp", "pp", "dp", "ep", "cp", "micro_batch", "n_micro_batches", "n_chunks")
         if type(self.zero_stage) is not int or self.zero_stage not in (0, 1, 2, 3):
             raise ValueError(f"zero_stage={self.zero_stage!r} is not accepted; give 0, 1, 2 or 3")
-        for name, accepted in (("recompute", RECOMPUTE), ("schedule", SCHEDULES)):
-            if getattr(self, name) not in accepted:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not known; accepted: {', '.join(accepted)}")
+        require_known("recompute", self.recompute, RECOMPUTE)
+        require_known("schedule", self.schedule, SCHEDULES)
         if self.n_chunks > 1 and (self.schedule == "gpipe" or self.pp == 1):
             raise ValueError(f"n_chunks={self.n_chunks} needs schedule='1f1b' and pp > 1; got {self.schedule!r} and pp={self.pp}")
         if type(self.sequence_parallel) is not bool:
@@ -92,9 +87,8 @@ class ParallelPlan:
     def layers_per_chunk(self, n_layers: int) -> tuple[int, ...]:
         """Layers of each of the pp * n_chunks slices of the model, in its order, as even as they get; the
         first take one more. Slice i is chunk i // pp of stage i % pp."""
-        n = self.pp * self.n_chunks
-        whole, extra = divmod(n_layers, n)
-        return tuple(whole + (i < extra) for i in range(n))
+        whole, extra = divmod(n_layers, self.pp * self.n_chunks)
+        return tuple(whole + (i < extra) for i in range(self.pp * self.n_chunks))
 
     def chunks_of(self, n_layers: int, stage: int) -> list[range]:
         """The layers of each chunk of a pipeline stage, in the order of the model."""
