@@ -24,7 +24,7 @@ def replicas(most: int, ep: int, micro: int, global_batch: int) -> int:
 def layouts(spec: ModelSpec, n_devices: int, devices_per_node: int, global_batch: int) -> Iterator[ParallelPlan]:
     """Plans worth pricing. tp: powers of two up to two nodes; pp: divisors of the layers, and powers of two;
     dp: as many replicas as the devices allow and the batch divides into, to two per cent; ep: powers of two that divide the
-    experts and dp; any ZeRO stage and recomputation; micro-batches of 1, 2 and 4; one or two chunks a stage.
+    experts and dp; any ZeRO stage and recomputation; micro-batches of 1, 2 and 4; 1, 2, 4 or 8 chunks a stage.
     """
     if global_batch < 1 or n_devices < 1:
         raise ValueError(f"n_devices={n_devices}, global_batch={global_batch} are not accepted; give integers >= 1")
@@ -40,7 +40,7 @@ def layouts(spec: ModelSpec, n_devices: int, devices_per_node: int, global_batch
                     continue
                 for micro in (1, 2, 4):
                     dp = replicas(most, ep, micro, global_batch)
-                    for chunks in (c for c in (1, 2) if dp and (c == 1 or pp > 1 and c * pp <= spec.n_layers)):
+                    for chunks in (c for c in (1, 2, 4, 8) if dp and (c == 1 or pp > 1 and c * pp <= spec.n_layers)):
                         for zero in (0, 1, 2, 3) if dp > 1 else (0,):
                             for recompute in RECOMPUTE:
                                 yield ParallelPlan(tp=tp, pp=pp, dp=dp, ep=ep, zero_stage=zero, micro_batch=micro, n_chunks=chunks,
@@ -105,9 +105,10 @@ def search(estimator: Estimator, n_devices: int, global_batch: int) -> Search:
     return Search(estimator, [it[2] for it in fitting], [it[2] for it in large])
 
 
-def explaining(found: Search, tokens: float, days: tuple[float, float], utilisation: tuple[float, float]) -> list[Estimate]:
-    """The reverse question: of the layouts that fit, those under which a run over `tokens` takes that many days at
-    that MFU, fastest first. Both ranges count; the days are those of undisturbed running."""
+def explaining(found: Search, tokens: float, days: tuple[float, float],
+               utilisation: tuple[float, float] = (0, 1)) -> list[Estimate]:
+    """The reverse question: of the layouts that fit, those under which a run over `tokens` takes that many days, of
+    undisturbed running, at that MFU; fastest first."""
     seq_len = found.estimator.seq_len
     return [e for e in found.fitting if utilisation[0] <= e.mfu <= utilisation[1]
             and days[0] <= tokens / rate(e, seq_len) / SECONDS_PER_DAY <= days[1]]

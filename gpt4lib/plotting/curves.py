@@ -112,17 +112,19 @@ def active_total(points: Mapping[str, tuple[int, int]], highlight: str | None = 
 @style.styled
 def dots(rows: Mapping[str, tuple[Sequence[float], Sequence[float]]], x_label: str, x_ticks: Sequence[float], *,
          log_x: bool = False, show: Callable[[float], str] = style.short, band: tuple[float, float] | None = None) -> Figure:
-    """A line of dots under each name: label -> (values drawn full, values drawn as rings).
+    """A line of dots beside each name: label -> (values drawn full, values drawn as rings).
 
     The ticks are the limits too; a value beyond them becomes a triangle at the edge. `band` shades what is claimed.
     """
-    figure, axes = style.canvas(0.75 + 0.46 * len(rows), left=0.2, right=0.3, bottom=0.6, top=0.1)
+    figure, axes = style.canvas(0.75 + 0.3 * len(rows), left=0.3 + 0.078 * max(map(len, rows)), right=0.3, bottom=0.6, top=0.1)
     low, high = x_ticks[0], x_ticks[-1]
-    axes.set(xscale="log" if log_x else "linear", xlim=(low, high), ylim=(len(rows) - 0.3, -0.75), yticks=[], xlabel=x_label)
+    axes.set(xscale="log" if log_x else "linear", xlim=(low, high), ylim=(len(rows) - 0.5, -0.5), xlabel=x_label)
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="y", color=style.GREY, linewidth=0.5, alpha=0.4)
     if band:
         axes.axvspan(*band, color=style.COLORS["kv_cache"], alpha=0.25, linewidth=0)
     for y, (label, kinds) in enumerate(rows.items()):
-        axes.text(low, y - 0.38, f" {label}", va="center_baseline")
         for x, meaning, fill in [(x, *how) for xs, how in zip(kinds, (("weights", "full"), ("communication", "none"))) for x in xs]:
             axes.plot(min(max(x, low), high), y, "<" if x < low else ">" if x > high else "o", fillstyle=fill,
                       color=style.COLORS[meaning], markersize=6, clip_on=False, gid=label)

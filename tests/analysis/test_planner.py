@@ -19,7 +19,7 @@ def test_gpt_4_has_more_than_ten_thousand_layouts_all_lawful_and_different():
     assert all(p.n_devices <= 25_000 and p.dp % p.ep == 0 for p in plans)
     for plan in plans[::97]:
         plan.check(GPT4.spec)
-    assert {p.zero_stage for p in plans} == {0, 1, 2, 3} and {p.n_chunks for p in plans} == {1, 2}
+    assert {p.zero_stage for p in plans} == {0, 1, 2, 3} and {p.n_chunks for p in plans} == {1, 2, 4, 8}
     assert all(abs(p.global_batch - 7324) <= 0.02 * 7324 for p in plans)
 
 
