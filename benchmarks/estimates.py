@@ -3,8 +3,6 @@
     python benchmarks/estimates.py          writes results/estimates.json
 """
 
-from __future__ import annotations
-
 import importlib.util
 import logging
 import statistics
@@ -48,7 +46,8 @@ def ours(layouts):
     return run
 
 
-def priced_by_them(spec, device, network: float, seq_len: int, plan, micro_batches: int, recompute: str, efficiency: float | None):
+def priced_by_them(spec, device, network: float, seq_len: int, plan, micro_batches: int, recompute: str,
+                   efficiency: float | None):
     """What llm-analysis returns for a layout: its latency for an iteration, and its memory."""
     from llm_analysis.analysis import ActivationRecomputation, DSZeRO, LLMAnalysis
     from llm_analysis.config import GPUConfig, ModelConfig, ParallelismConfig
@@ -96,7 +95,8 @@ def search() -> dict:
 
 def errors() -> dict:
     """Step times of the shipped rows that our constants were not fitted to, dense models above 5 % MFU: ours beside
-    theirs, at its default efficiency and at the one constant that suits it best on the rows that ours were fitted to."""
+    theirs, at its default efficiency, at the one constant and at the constant for each GPU generation that suit it best on the
+    rows that ours were fitted to."""
     from importlib import resources
     from gpt4lib import validation as v
     rows = v.read(resources.files("gpt4lib.analysis").joinpath("measured", "training.csv"))
@@ -111,35 +111,42 @@ def errors() -> dict:
             measured = step * ratio if row["quantity"] == "iteration_seconds" else step / ratio
             cases.append((result, it, plan, step, measured))
 
-    def by_source(seconds) -> dict[str, float]:
+    def by_document(seconds) -> dict[str, float]:
         found: dict[str, list[float]] = {}
         for (result, *_, measured), predicted in zip(cases, seconds):
             if not result.fitted and predicted:
-                found.setdefault(result.source, []).append(abs(predicted / measured - 1))
-        return {source: statistics.median(e) for source, e in found.items()}
+                found.setdefault(result.document, []).append(abs(predicted / measured - 1))
+        return {document: statistics.median(e) for document, e in found.items()}
 
     def them(efficiency) -> list[float | None]:
+        """Seconds of every case, at a constant for each GPU generation."""
         out = []
         for _, it, plan, *_ in cases:
             try:
                 found = priced_by_them(it.spec, it.cluster.device, it.cluster.inter_node_bandwidth, it.seq_len, plan,
-                                       plan.n_micro_batches, plan.recompute, efficiency)
+                                       plan.n_micro_batches, plan.recompute, efficiency[it.cluster.device.generation])
                 out.append(found["latency_per_iter"])
             except (AssertionError, UnboundLocalError):                  # what it refuses or crashes on is not priced
                 out.append(None)
         return out
 
-    def fit_loss(seconds) -> float:
-        return statistics.median(abs(p / m - 1) for (r, *_, m), p in zip(cases, seconds) if r.fitted and p)
+    def fit_loss(seconds, generation: str = "") -> float:
+        off = [abs(p / m - 1) for (r, it, *_, m), p in zip(cases, seconds)
+               if r.fitted and p and it.cluster.device.generation.startswith(generation)]
+        return statistics.median(off) if off else 0.0
 
-    tried = {e: them(e) for e in (0.3, 0.4, 0.5, 0.6, 0.7)}
+    generations = {it.cluster.device.generation for _, it, *_ in cases}
+    tried = {e: them(dict.fromkeys(generations, e)) for e in (0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7)}
     best = min(tried, key=lambda e: fit_loss(tried[e]))
+    each = {g: min(tried, key=lambda e: (fit_loss(tried[e], g), e != best)) for g in sorted(generations)}
     ours = [step for *_, step, _ in cases]
     told = {"gpt4lib": ours, "gpt4lib, rows the peer prices": [step if p else None for step, p in zip(ours, tried[best])],
-            f"{PEER}, default": them(None), f"{PEER}, best constant {best}": tried[best]}
+            f"{PEER}, default": them(dict.fromkeys(generations)), f"{PEER}, best constant": tried[best],
+            f"{PEER}, best for each generation": them(each)}
     held = sum(not r.fitted for r, *_ in cases)
     return {name: {"rows": held, "priced": sum(1 for (r, *_), p in zip(cases, seconds) if p and not r.fitted),
-                   "average_of_sources_median_error": statistics.mean(by_source(seconds).values()), "by_source": by_source(seconds)}
+                   "average_of_documents_median_error": statistics.mean(by_document(seconds).values()),
+                   "by_document": by_document(seconds)}
             for name, seconds in told.items()}
 
 
@@ -161,8 +168,9 @@ def main() -> int:
     print(f"GPT-4 on 25,000 A100s: {results['search']['layouts']:,} layouts in {results['search']['seconds']['median']:.2f} s, "
           f"{results['search']['estimates_per_second']:,} estimates/s")
     for name, told in results["errors"].items():
-        print(f"{name:32} {told['priced']} of {told['rows']} rows, median error {100 * told['average_of_sources_median_error']:.1f} % "
-              "(average of sources)")
+        print(f"{name:32} {told['priced']} of {told['rows']} rows, median error "
+              f"{100 * told['average_of_documents_median_error']:.1f} % "
+              "(average of documents)")
     print(f"wrote {runner.write('estimates', results)}")
     return 0
 
