@@ -116,7 +116,7 @@ def dots(rows: Mapping[str, tuple[Sequence[float], Sequence[float]]], x_label: s
 
     The ticks are the limits too; a value beyond them becomes a triangle at the edge. `band` shades what is claimed.
     """
-    figure, axes = style.canvas(0.75 + 0.3 * len(rows), left=0.3 + 0.078 * max(map(len, rows)), right=0.3, bottom=0.6, top=0.1)
+    figure, axes = style.canvas(0.75 + 0.3 * len(rows), left=0.3 + 0.092 * max(map(len, rows)), right=0.3, bottom=0.6, top=0.1)
     low, high = x_ticks[0], x_ticks[-1]
     axes.set(xscale="log" if log_x else "linear", xlim=(low, high), ylim=(len(rows) - 0.5, -0.5), xlabel=x_label)
     axes.set_yticks(range(len(rows)), list(rows))
