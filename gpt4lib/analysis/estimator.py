@@ -42,11 +42,13 @@ class Estimator:
     `gradient_dtype` is what gradients are summed in: fp32, Megatron-LM's choice beside bf16 weights, or a 16-bit type.
     `two_gradients`: each micro-batch's 16-bit gradient stands beside the fp32 sum it is added to. `fused` False describes
     software before 2023, where attention writes out its scores. `causal` says how `flop`,
-    and so MFU, counts attention; the time does not depend on it. The cluster's number of devices does not matter here, a plan brings its own.
+    and so MFU, counts attention; the time does not depend on it. The cluster's number of devices does not matter here: a plan
+    brings its own.
     """
 
     def __init__(self, spec: ModelSpec, cluster: ClusterSpec, seq_len: int, dtype: str = "bf16", gradient_dtype: str = "fp32",
-                 *, fused: bool = True, two_gradients: bool = False, causal: bool = True, efficiency: eff.Efficiency | None = None) -> None:
+                 *, fused: bool = True, two_gradients: bool = False, causal: bool = True,
+                 efficiency: eff.Efficiency | None = None) -> None:
         if type(seq_len) is not int or seq_len < 1:
             raise ValueError(f"seq_len={seq_len!r} is not accepted; give a number of tokens >= 1")
         for what, given, accepted in (("dtype", dtype, TRAINED_IN), ("gradient_dtype", gradient_dtype, ("fp32", "bf16", "fp16"))):
@@ -255,7 +257,7 @@ class Estimator:
                                             plan.sequence_parallel), self._micro_batch, plan)
         send = self._send(plan)
         bubble = 0.0
-        if p > 1:        # the other stages' turns to fill and drain; with fewer micro-batches than stages, chunks wait for the first
+        if p > 1:        # the other stages' turns to fill and drain; with fewer micro-batches than stages, chunks wait
             bubble = (total + p * send - slowest - send) / v
             bubble += (pipeline.lost(p, m, v) - (p - 1)) / v * (slowest + send)
         work = m * (slowest + send) + bubble

@@ -29,7 +29,7 @@ def layouts(spec: ModelSpec, n_devices: int, devices_per_node: int, global_batch
     if global_batch < 1 or n_devices < 1:
         raise ValueError(f"n_devices={n_devices}, global_batch={global_batch} are not accepted; give integers >= 1")
     powers = [2 ** i for i in range(16)]
-    stages = sorted({p for p in range(1, spec.n_layers + 1) if spec.n_layers % p == 0} | {p for p in powers if p <= spec.n_layers})
+    stages = [p for p in range(1, spec.n_layers + 1) if spec.n_layers % p == 0 or p in powers]
     for tp in (t for t in powers if t <= 2 * devices_per_node):
         for pp in stages:
             most = min(n_devices // (tp * pp), global_batch)
