@@ -169,8 +169,7 @@ def main() -> int:
           f"{results['search']['estimates_per_second']:,} estimates/s")
     for name, told in results["errors"].items():
         print(f"{name:32} {told['priced']} of {told['rows']} rows, median error "
-              f"{100 * told['average_of_documents_median_error']:.1f} % "
-              "(average of documents)")
+              f"{100 * told['average_of_documents_median_error']:.1f} % (average of documents)")
     print(f"wrote {runner.write('estimates', results)}")
     return 0
 

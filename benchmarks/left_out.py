@@ -16,27 +16,25 @@ import fit_efficiency as fit                                             # noqa:
 from gpt4lib.analysis import validation as v                             # noqa: E402
 
 
-def publisher(result: v.Result) -> str:
+def publisher(row: dict) -> str:
     """The repository, or the first author of a paper."""
-    return result.source.split()[0].removeprefix("github.com/")
+    return row["source"].split()[0].removeprefix("github.com/")
 
 
 def without(name: str) -> dict:
     """The summary of one publisher's step times under constants that know nothing of it."""
     rows = v.read(fit.DATA)
-    results = [v.Pricer().price(row) for row in rows]
-    kept = [row for row, r in zip(rows, results) if publisher(r) != name]
     values = {constant: start for constant, (start, *_) in {**fit.STEP, **fit.MEMORY}.items()}
-    time, _ = fit.halves(kept)
+    time, _ = fit.halves([row for row in rows if publisher(row) != name])
     fit.search(values, time, fit.STEP)
     pricer = v.Pricer(fit.build(values))
-    told = [r for r in (pricer.price(row) for row, known in zip(rows, results) if publisher(known) == name)
+    told = [r for r in (pricer.price(row) for row in rows if publisher(row) == name)
             if r.group == "step_time" and not r.unpriced and not v.apart(r)]
     return {**v.summary(told), "straggling": values["straggling"]}
 
 
 def main() -> int:
-    found = sorted({publisher(r) for r in map(v.Pricer().price, v.read(fit.DATA)) if r.group == "step_time" and not r.unpriced})
+    found = sorted(set(map(publisher, v.read(fit.DATA))))
     with multiprocessing.Pool(2) as pool:
         told = dict(zip(found, pool.map(without, found, chunksize=1)))
     for name, s in told.items():

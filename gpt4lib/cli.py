@@ -91,6 +91,7 @@ def train(args: argparse.Namespace) -> tuple[Any, str]:
     """Time, money and memory of a training run, under a given layout or the best one."""
     from dataclasses import asdict
     from gpt4lib.analysis import cost, planner
+    from gpt4lib.analysis.training import SECONDS_PER_DAY
     counted(args, "context", "batch", "gpus", "tokens")
     counted(args, "price", "mtbf", "checkpoint_seconds", "restart_seconds", least=1e-9)
     estimator = _estimator(args, ModelSpec.load(args.model))
@@ -114,7 +115,7 @@ def train(args: argparse.Namespace) -> tuple[Any, str]:
     steps = args.tokens / (found.plan.global_batch * estimator.seq_len)
     used, table = _bytes(found.memory, device)
     data = {"flop": steps * found.flop, "mfu": found.mfu, "hfu": found.hfu, "step_seconds": found.step_seconds,
-            "days": run.seconds / 86400, "gpu_hours": run.device_hours, "dollars": run.dollars, "joules": run.joules,
+            "days": run.seconds / SECONDS_PER_DAY, "gpu_hours": run.device_hours, "dollars": run.dollars, "joules": run.joules,
             "goodput": useful, "plan": asdict(found.plan), "memory": {**used, "fits": found.memory.fits(device)},
             "by_term": found.by_term}
     return data, (f"{estimator.spec.name} on {fmt.count(args.tokens)} tokens, {found.plan.n_devices} x {args.device}, "

@@ -6,15 +6,11 @@ the other half beside them.
 The half is `validation.is_fitted`: a hash of model, machine and layout, so that a configuration's time and memory fall on
 the same side. Loss: the mean over documents of the mean |log(predicted / measured)|, each error capped at a half and documents of one
 or two rows weighing less, plus a weak pull (0.004 for a third off) towards where the value is known from elsewhere. Runs below 5 % MFU
-are left out. Search: one constant after the other,
-up or down by a step that grows on success and halves on failure, until a round gains nothing.
+are left out. Search: one constant after the other, up or down by a step that grows on success and halves on failure, until a round gains nothing.
 """
-
-from __future__ import annotations
 
 import datetime
 import math
-from dataclasses import replace
 from pathlib import Path
 
 from gpt4lib.analysis import efficiency as eff
@@ -82,7 +78,8 @@ def search(values: dict[str, float], rows: list[dict], known: dict[str, tuple]) 
 
 def halves(rows: list[dict]) -> tuple[list[dict], list[dict]]:
     """The step times and the peaks of memory to fit to."""
-    priced = [(row, v.Pricer().price(row)) for row in rows]
+    pricer = v.Pricer()
+    priced = [(row, pricer.price(row)) for row in rows]
     half = [(row, r) for row, r in priced if r.fitted and not r.unpriced and not v.apart(r)]
     return tuple([row for row, r in half if r.group == group] for group in GROUPS.values())
 
