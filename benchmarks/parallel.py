@@ -32,7 +32,7 @@ from gpt4lib.distributed.layout import build
 from gpt4lib.distributed.pipeline import Pipeline
 from gpt4lib.distributed.tensor import ColumnParallelLinear, RowParallelLinear
 from gpt4lib.distributed.trainer import Trainer
-from gpt4lib.kernels.experts import dispatch, experts
+from gpt4lib.kernels.experts import experts
 from gpt4lib.nn.moe import Experts
 from gpt4lib.nn.transformer import Transformer
 from gpt4lib.profiling.wire import count_wire

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from gpt4lib.kernels.experts import combine, dispatch, reference, within_capacity
-from gpt4lib.nn.moe import MoE, Router, Routing, balance_loss, routings, z_loss
+from gpt4lib.nn.moe import Router, Routing, balance_loss, routings, z_loss
 from gpt4lib.nn.transformer import Transformer
 from gpt4lib.specs import ModelSpec
 

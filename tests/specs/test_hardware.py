@@ -2,7 +2,7 @@
 
 import pytest
 
-from gpt4lib.specs import ClusterSpec, DeviceSpec, ModelSpec, ParallelPlan, registry
+from gpt4lib.specs import ClusterSpec, DeviceSpec, ParallelPlan, registry
 
 A100 = DeviceSpec.preset("a100-80gb")
 
