@@ -40,11 +40,13 @@ def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sinks: Tensor | Non
 def folded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """The query heads that share a key/value head become extra query rows, so K and V are read once.
 
-    Same shapes as `reference`. This is how multi-query decoding saves its bandwidth on a CPU.
+    Same shapes as `reference`; mask [n_queries, n_keys], or [batch, 1, n_queries, n_keys] where sequences differ. This is
+    how multi-query decoding saves its bandwidth on a CPU.
     """
     batch, n_heads, n_queries, width = q.shape
     n_kv, groups = k.shape[1], n_heads // k.shape[1]
-    rows, mask = q.reshape(batch, n_kv, groups * n_queries, width), mask.repeat(groups, 1)
+    rows = q.reshape(batch, n_kv, groups * n_queries, width)
+    mask = torch.cat([mask] * groups, -2)
     if rows.shape[2] <= FEW_ROWS and rows.device.type == "cpu" and rows.element_size() >= 4:
         scores = (k @ (rows * width ** -0.5).transpose(2, 3)).transpose(2, 3)     # the BLAS streams K, the tall side, once
         out = scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v

@@ -23,14 +23,43 @@ def sequence_keys(pages: Tensor, table: Tensor, length: int) -> Tensor:
     return rows.transpose(0, 1)[None]
 
 
-def by_sequence(q: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor, lengths: Tensor,
-                window: int | None, attend=reference) -> Tensor:
-    """One sequence at a time through an attention over contiguous keys: the oracle, and with `folded` the CPU path."""
+def by_sequence(q: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor, lengths: Tensor, window: int | None) -> Tensor:
+    """The definition: one sequence at a time, over its keys in order."""
     out = q.new_zeros(q.shape)
     for b, length in enumerate(lengths.tolist()):
         if length:
             k, v = (sequence_keys(pages, table[b], length) for pages in (k_pages, v_pages))
-            out[b] = attend(q[b:b + 1], k, v, visible(q.shape[2], length, window, q.device))[0]
+            out[b] = reference(q[b:b + 1], k, v, visible(q.shape[2], length, window, q.device))[0]
+    return out
+
+
+def of_like_length(lengths: list[int]) -> list[list[int]]:
+    """Rows in groups whose shortest is more than half their longest, so that padding never doubles the keys read."""
+    groups: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if groups and 2 * lengths[row] > lengths[groups[-1][0]]:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
+
+
+def by_length(q: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor, lengths: Tensor, window: int | None) -> Tensor:
+    """The CPU path: the pages of sequences of like length are gathered, padded to the longest, and attended to at once."""
+    host, page = lengths.tolist(), k_pages.shape[1]
+    out = q.new_zeros(q.shape)
+    for group in of_like_length(host):
+        if not (longest := host[group[0]]):
+            continue                                                  # empty seats
+        rows = torch.tensor(group, device=q.device)
+        pages = table[rows, :-(-longest // page)].long()
+        k, v = (pool[pages].flatten(1, 2)[:, :longest].transpose(1, 2) for pool in (k_pages, v_pages))
+        query = lengths[rows, None] - q.shape[2] + torch.arange(q.shape[2], device=q.device)        # [rows, n_queries]
+        key = torch.arange(longest, device=q.device)
+        seen = key <= query[..., None]                                # [rows, n_queries, keys]
+        if window is not None:
+            seen &= key > query[..., None] - window
+        out[rows] = folded(q[rows], k, v, seen[:, None])
     return out
 
 
@@ -45,7 +74,7 @@ def choose(q: Tensor, k_pages: Tensor) -> tuple[str, str]:
         missing = f"{q.shape[2]} queries are a prefill, not a decode"
     if missing is None:
         return "triton", f"CUDA: keys are read once, in parallel chunks of {CHUNK}"
-    return "folded", f"{missing}; one sequence at a time, query heads folded into rows"
+    return "folded", f"{missing}; sequences of like length together, query heads folded into rows"
 
 
 @torch.library.custom_op("gpt4lib::paged_attention", mutates_args=())
@@ -54,7 +83,7 @@ def _paged_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor,
     if path == "triton":
         from gpt4lib.kernels import decode_triton
         return decode_triton.forward(q, k_pages, v_pages, table, lengths, window, chunk)
-    return by_sequence(q, k_pages, v_pages, table, lengths, window or None, folded)
+    return by_length(q, k_pages, v_pages, table, lengths, window or None)
 
 
 @_paged_attention.register_fake

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt4lib.kernels.attention import attention
-from gpt4lib.nn.cache import KVCache, PagedKVCache
+from gpt4lib.nn.cache import Cache
 from gpt4lib.nn.numerics import Numerics
 from gpt4lib.specs.model import ModelSpec
 
@@ -46,7 +46,7 @@ class Attention(nn.Module):
             self.k_norm = nn.RMSNorm(spec.kv_width if full else spec.head_dim, eps=numerics.norm_eps)
         self.sinks = nn.Parameter(torch.zeros(spec.n_heads)) if spec.sinks else None
 
-    def forward(self, x: Tensor, cache: KVCache | PagedKVCache | None, positions: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: Cache | None, positions: Tensor) -> Tensor:
         s = self.spec
         batch, tokens, _ = x.shape
         gate = None
@@ -88,17 +88,20 @@ class LatentAttention(nn.Module):
         self.up = nn.Linear(m.kv_rank, spec.n_heads * (m.nope_dim + m.v_dim), bias=False)
         self.out = nn.Linear(spec.n_heads * m.v_dim, spec.d_model, bias=spec.out_bias)
 
-    def forward(self, x: Tensor, cache: KVCache | None, positions: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: Cache | None, positions: Tensor) -> Tensor:
         m, heads = self.spec.latent, self.spec.n_heads
         batch, tokens, _ = x.shape
         q = self.query(x).view(batch, tokens, heads, -1).transpose(1, 2)
         q = torch.cat([q[..., :m.nope_dim], rotate(q[..., m.nope_dim:], positions, self.numerics)], -1)
         latent, rope = self.down(x).split([m.kv_rank, m.rope_dim], -1)
         latent = torch.cat([self.norm(latent)[:, None], rotate(rope[:, None], positions, self.numerics)], -1)
-        if cache is not None:
-            (latent,) = cache.append(self.layer, latent)           # [batch, 1, keys, kv_rank + rope_dim]
-        latent, rope = latent.split([m.kv_rank, m.rope_dim], -1)
-        kv = self.up(latent[:, 0]).view(batch, -1, heads, m.nope_dim + m.v_dim).transpose(1, 2)
-        k = torch.cat([kv[..., :m.nope_dim], rope.expand(-1, heads, -1, -1)], -1)
-        y = self.core(q, k, kv[..., m.nope_dim:])
+        y = self.attend(q, latent) if cache is None else cache.apply(self.layer, self.attend, q, latent)
         return self.out(y.transpose(1, 2).reshape(batch, tokens, -1))
+
+    def attend(self, q: Tensor, latent: Tensor) -> Tensor:
+        """q [batch, heads, queries, nope_dim + rope_dim], latent [batch, 1, keys, kv_rank + rope_dim] -> [.., v_dim]."""
+        m, heads = self.spec.latent, self.spec.n_heads
+        latent, rope = latent.split([m.kv_rank, m.rope_dim], -1)
+        kv = self.up(latent[:, 0]).view(len(q), -1, heads, m.nope_dim + m.v_dim).transpose(1, 2)
+        k = torch.cat([kv[..., :m.nope_dim], rope.expand(-1, heads, -1, -1)], -1)
+        return self.core(q, k, kv[..., m.nope_dim:])

@@ -1,6 +1,7 @@
 """The key/value cache: what a sequence keeps so that each new token costs one forward pass of one token."""
 
 import copy
+from typing import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -8,6 +9,8 @@ from torch import Tensor
 from gpt4lib.kernels import decode
 from gpt4lib.kernels.attention import attention
 from gpt4lib.specs.model import ModelSpec
+
+Attend = Callable[..., Tensor]          # (queries, rows held) -> output
 
 
 class KVCache:
@@ -51,10 +54,13 @@ class KVCache:
         table = torch.arange(len(q), device=q.device, dtype=torch.int32)[:, None]
         return decode.paged_attention(q, *pages, table, torch.full_like(table[:, 0], k.shape[2]), window=window)
 
-    @property
-    def known_length(self) -> int:
-        """`length`: the host always knows it."""
-        return self.length
+    def apply(self, layer: int, attend: Attend, q: Tensor, new: Tensor) -> Tensor:
+        """Add the new rows of a layer that keeps one tensor, and attend to all: `attend(q, rows)`."""
+        return attend(q, *self.append(layer, new))
+
+    def end(self, n_tokens: int) -> int:
+        """The length after n_tokens more."""
+        return self.length + n_tokens
 
     def positions(self, n_tokens: int, device: torch.device) -> Tensor:
         """Where the next tokens stand, int64 [n_tokens]."""
@@ -70,21 +76,54 @@ class KVCache:
         return sum(t.numel() * t.element_size() for layer in self._layers.values() for t in layer)
 
 
+class Pages:
+    """The memory of a paged cache: page_size tokens a page, one pool of [n_layers, n_pages, page_size, heads, width] for keys
+    and one for values, or a single one for latent attention. Kwon et al. 2023, arXiv:2309.06180, section 4.
+    """
+
+    def __init__(self, spec: ModelSpec, n_pages: int, page_size: int, dtype: torch.dtype = torch.float32,
+                 device: torch.device | str = "cpu") -> None:
+        m, self.page_size = spec.latent, page_size
+        kept = [(spec.n_kv_heads, spec.head_dim)] * 2 if m is None else [(1, m.kv_rank + m.rope_dim)]
+        self.pools = tuple(torch.zeros(spec.n_layers, n_pages, page_size, *shape, dtype=dtype, device=device) for shape in kept)
+
+    @property
+    def device(self) -> torch.device:
+        return self.pools[0].device
+
+    def write(self, layer: int, page: Tensor, row: Tensor, *new: Tensor) -> None:
+        """Put new [batch, heads, tokens, width], one for each pool, where page and row say, [batch, tokens]."""
+        for pool, t in zip(self.pools, new):
+            pool[layer][page, row] = t.detach().transpose(1, 2).to(pool.dtype)
+
+    def copy(self, pairs: list[tuple[int, int]]) -> None:
+        """Pages to copy, from and to."""
+        if pairs:
+            old, new = torch.tensor(pairs, device=self.device).T
+            for pool in self.pools:
+                pool[:, new] = pool[:, old]
+
+    def clear(self, pages: list[int]) -> None:
+        """Zero these pages: a NaN left in one would reach who owns it next, for 0 times NaN is NaN."""
+        for pool in self.pools:
+            pool[:, pages] = 0
+
+
 class PagedKVCache:
-    """Pages of page_size tokens in one pool; each sequence has its own length and its own list of pages.
+    """A rectangular batch over pages: each sequence has its own length and its own list of pages.
 
     table, int32 [batch, pages], says which page holds a sequence's tokens 0.., page_size.., and is the caller's to
     fill; several rows may name the same page, and an empty seat of a fixed batch should own one that nobody reads: it is
-    written to like any other. For inference only: nothing is differentiated through it. Kwon et al. 2023,
-    arXiv:2309.06180, section 4.
+    written to like any other. For inference only: nothing is differentiated through it. `pages` gives the memory of
+    another cache.
     """
 
-    def __init__(self, spec: ModelSpec, n_pages: int, page_size: int, table: Tensor, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, spec: ModelSpec, n_pages: int, page_size: int, table: Tensor, dtype: torch.dtype = torch.float32,
+                 pages: Pages | None = None) -> None:
         if spec.latent is not None or spec.sinks:
             raise ValueError(f"{spec.name}: pages hold keys and values per head; latent attention and sinks need a KVCache")
-        shape = spec.n_layers, n_pages, page_size, spec.n_kv_heads, spec.head_dim
-        self.page_size, self.table = page_size, table
-        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=table.device) for _ in range(2))
+        self.pages = pages or Pages(spec, n_pages, page_size, dtype, table.device)
+        self.table = table
         self.lengths = torch.zeros(len(table), dtype=torch.int32, device=table.device)
 
     def rows(self, start: int, stop: int) -> "PagedKVCache":
@@ -98,10 +137,10 @@ class PagedKVCache:
         """Tokens of the longest sequence; on a GPU the host waits for it."""
         return int(self.lengths.max())
 
-    @property
-    def known_length(self) -> int:
-        """`length` where the host can have it without waiting, otherwise 0: a step in a CUDA graph must not ask."""
-        return 0 if self.lengths.is_cuda else self.length
+    def end(self, n_tokens: int) -> int:
+        """The greatest length after n_tokens more, where the host can have it without waiting, otherwise 0: a step in a
+        CUDA graph must not ask."""
+        return 0 if self.lengths.is_cuda else self.length + n_tokens
 
     def positions(self, n_tokens: int, device: torch.device) -> Tensor:
         """Where each sequence's next tokens stand, int64 [batch, n_tokens]."""
@@ -110,13 +149,86 @@ class PagedKVCache:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None, sinks: Tensor | None) -> Tensor:
         """Write the new keys and values into their pages, and attend to each sequence's own; shapes as in
         `kernels.attention.attention`, in the dtype of q. Sinks are refused when the cache is made."""
-        where = self.positions(q.shape[2], q.device)                             # [batch, n_tokens]
-        page = self.table.long().gather(1, where // self.page_size)
-        for pool, new in ((self.keys, k), (self.values, v)):
-            pool[layer][page, where % self.page_size] = new.detach().transpose(1, 2).to(pool.dtype)
-        return decode.paged_attention(q.to(self.keys.dtype), self.keys[layer], self.values[layer], self.table,
-                                      self.lengths + q.shape[2], window=window).to(q.dtype)
+        where, size = self.positions(q.shape[2], q.device), self.pages.page_size             # [batch, n_tokens]
+        self.pages.write(layer, self.table.long().gather(1, where // size), where % size, k, v)
+        keys, values = (pool[layer] for pool in self.pages.pools)
+        return decode.paged_attention(q.to(keys.dtype), keys, values, self.table, self.lengths + q.shape[2],
+                                      window=window).to(q.dtype)
 
     def advance(self, n_tokens: int) -> None:
         """Count the tokens of a finished forward pass."""
         self.lengths += n_tokens
+
+
+class RaggedKVCache:
+    """One pass over pieces of different sequences laid side by side: tokens [1, total], each attending to its own sequence.
+
+    pieces: (pages of the sequence, start, stop), the tokens of this pass being start .. stop and those before them
+    computed. So a prompt's chunk and another sequence's single token share every matrix product of the model; attention
+    alone is done apart, pieces of like size together. One pass each; nothing is differentiated through it. `spare` is a page
+    that nobody's tokens stand in, which tables are padded with.
+    """
+
+    def __init__(self, pages: Pages, pieces: Sequence[tuple[Sequence[int], int, int]], spare: int) -> None:
+        self.pages, device, size = pages, pages.device, pages.page_size
+        widest = max(-(-stop // size) for _, _, stop in pieces)
+        self.table = torch.tensor([[*owned[:widest], *[spare] * (widest - len(owned))] for owned, _, _ in pieces],
+                                  dtype=torch.int32, device=device)
+        starts, stops = (torch.tensor(ends, device=device) for ends in zip(*((a, b) for _, a, b in pieces)))
+        n, self.lengths = stops - starts, stops.int()
+        row = torch.arange(len(pieces), device=device).repeat_interleave(n)
+        self._where = torch.arange(len(row), device=device) - (n.cumsum(0) - n - starts)[row]        # [total]
+        self._page = self.table[row, self._where // size].long()
+        self._end = max(stop for _, _, stop in pieces)
+        self._pieces, self._groups, offset = [], {}, 0                  # (first token, n, length) of each; see _group
+        for i, (_, start, stop) in enumerate(pieces):
+            self._pieces.append((offset, stop - start, stop))
+            self._groups.setdefault((stop - start, start == 0), []).append(i)
+            offset += stop - start
+        self._groups = {key: self._group(rows, key[0]) for key, rows in self._groups.items()}
+
+    def _group(self, rows: list[int], n: int) -> tuple[Tensor, Tensor]:
+        """(rows of the table, their tokens [rows, n]) of pieces with equally many tokens."""
+        device = self.table.device
+        first = torch.tensor([self._pieces[i][0] for i in rows], device=device)
+        return torch.tensor(rows, device=device), first[:, None] + torch.arange(n, device=device)
+
+    def end(self, n_tokens: int) -> int:
+        """The greatest length after this pass."""
+        return self._end
+
+    def positions(self, n_tokens: int, device: torch.device) -> Tensor:
+        """Where each token stands in its sequence, int64 [1, total]."""
+        return self._where[None]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None, sinks: Tensor | None) -> Tensor:
+        """As `PagedKVCache.attend`, for q [1, n_heads, total, head_dim]; a prompt from its start needs no pages."""
+        if sinks is not None:
+            return self.apply(layer, lambda q, *kv: attention(q, *kv, window=window, sinks=sinks), q, k, v)
+        self._write(layer, k, v)
+        keys, values = (pool[layer] for pool in self.pages.pools)
+        out = torch.empty_like(q)
+        for (n, fresh), (rows, tokens) in self._groups.items():
+            of = [t[0, :, tokens].transpose(0, 1) for t in ((q, k, v) if fresh else (q,))]       # [rows, heads, n, width]
+            y = attention(*of, window=window) if fresh else decode.paged_attention(
+                of[0].to(keys.dtype), keys, values, self.table[rows], self.lengths[rows], window=window)
+            out[0, :, tokens] = y.transpose(0, 1).to(q.dtype)
+        return out
+
+    def apply(self, layer: int, attend: Attend, q: Tensor, *new: Tensor) -> Tensor:
+        """Any attention at all, one sequence at a time: attend(q of the piece, the sequence's rows from each pool)."""
+        self._write(layer, *new)
+        out = []
+        for row, (first, n, length) in enumerate(self._pieces):
+            held = (decode.sequence_keys(pool[layer], self.table[row], length).to(q.dtype) for pool in self.pages.pools)
+            out.append(attend(q[:, :, first:first + n], *held))
+        return torch.cat(out, 2)
+
+    def _write(self, layer: int, *new: Tensor) -> None:
+        self.pages.write(layer, self._page[None], self._where[None] % self.pages.page_size, *new)
+
+    def advance(self, n_tokens: int) -> None:
+        """The pass is over; who scheduled it counts."""
+
+
+Cache = KVCache | PagedKVCache | RaggedKVCache

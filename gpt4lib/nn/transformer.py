@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt4lib.nn.attention import Attention, LatentAttention
-from gpt4lib.nn.cache import KVCache, PagedKVCache
+from gpt4lib.nn.cache import Cache, KVCache
 from gpt4lib.nn.moe import FeedForward, MoE
 from gpt4lib.nn.numerics import Numerics
 from gpt4lib.specs.model import ModelSpec
@@ -41,7 +41,7 @@ class Block(nn.Module):
     def feed_forward(self, x: Tensor) -> Tensor:
         return self.moe(x) if self.ffn is None else self.ffn(x)
 
-    def forward(self, x: Tensor, cache: KVCache | PagedKVCache | None, positions: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: Cache | None, positions: Tensor) -> Tensor:
         if len(self.norms) == 1:
             y = self.norms[0](x)
             return x + self.attention(y, cache, positions) + self.feed_forward(y)
@@ -81,9 +81,10 @@ class Transformer(nn.Module):
             if not p.is_meta:
                 p.copy_(initial(name, p.shape, generator))
 
-    def forward(self, tokens: Tensor, cache: KVCache | PagedKVCache | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, cache: Cache | None = None, only: Tensor | None = None) -> Tensor:
+        """`only`, int64: the tokens whose logits are wanted, instead of all."""
         n = tokens.shape[1]
-        end = n if cache is None else cache.known_length + n
+        end = n if cache is None else cache.end(n)
         if end > self.spec.context:
             raise ValueError(f"{end} tokens do not fit in context={self.spec.context}; shorten the prompt or build the model "
                              f"from a spec with a longer context")
@@ -96,6 +97,7 @@ class Transformer(nn.Module):
             x = layer(x, cache, positions)
         if cache is not None:
             cache.advance(n)
+        x = x if only is None else x[:, only]
         weight = self.embedding.weight if self.head is None else self.head.weight
         return F.linear(self.final_norm(x), weight, self.head_bias)
 

@@ -1,58 +1,198 @@
-"""Which sequences run in the next step: iteration-level batching. Yu et al. 2022 (Orca), OSDI, section 3.2.
+"""Which tokens are computed in the next step: iteration-level batching. Yu et al. 2022 (Orca), OSDI, section 3.2.
 
-Knows neither torch nor clocks, so that a real engine and a simulator can drive the same object.
+Knows neither torch nor clocks, so that a real engine and a simulator can drive the same object. Once a step:
+
+    step = scheduler.schedule()         whose tokens to compute, and which blocks to copy first
+    ...                                 somebody computes them, or pretends to
+    for sequences in scheduler.advance(step):          who has a next token now
+        scheduler.append(sequence, token)
 """
 
-from collections import deque
+from bisect import insort
+from operator import attrgetter
+from typing import NamedTuple
 
-from gpt4lib.serving.block_pool import BlockPool
+from gpt4lib.serving.block_pool import BlockPool, chain
 from gpt4lib.serving.sequence import Sequence
+from gpt4lib.specs.checks import require, require_counts
+
+RANK = attrgetter("rank")
+
+
+class Work(NamedTuple):
+    """Compute tokens start .. stop of a sequence; where stop is its last token, the next one follows from it."""
+    sequence: Sequence
+    start: int
+    stop: int
+
+    @property
+    def yields(self) -> bool:
+        return self.stop == self.sequence.n_tokens
+
+
+class Step(NamedTuple):
+    """What one pass of the model computes: decoding sequences first, one token each, then pieces of prompts."""
+    work: list[Work]
+    copies: list[tuple[int, int]]          # blocks to copy before, from and to
+    preempted: list[Sequence]
 
 
 class Scheduler:
-    """First come, first served. continuous=True fills a place the moment it is free; False waits until
-    the whole batch has finished, as static batching does.
+    """By priority, then first come, first served; `max_running` sequences and `max_tokens` tokens a step at the most.
 
-    A sequence reserves the blocks of its full length on admission, so it never has to be evicted.
+    Every decoding sequence gets its token in every step; what is left of the budget goes to prompts, in chunks (Agrawal et
+    al. 2024, arXiv:2403.02310). A prompt is admitted when its blocks are free, and one more for each running sequence: so
+    nobody has to give way for block_size steps. When blocks run out after all, the last in rank gives its own up and
+    is computed again later; the first in rank never is, so everybody finishes, except where sequences of better priority
+    never cease to come. continuous=False is static batching: a batch is admitted at once, with room for its longest
+    possible answers, and the next one when all have finished. prefix_cache=False computes every prompt from its start.
     """
 
-    def __init__(self, pool: BlockPool, max_running: int, continuous: bool = True) -> None:
-        if max_running < 1:
-            raise ValueError(f"max_running={max_running} is not accepted; give an integer >= 1")
-        self.pool, self.max_running, self.continuous = pool, max_running, continuous
-        self.waiting: deque[Sequence] = deque()
+    def __init__(self, pool: BlockPool, max_running: int, max_tokens: int = 2048, continuous: bool = True,
+                 prefix_cache: bool = True) -> None:
+        self.pool, self.max_running, self.max_tokens = pool, max_running, max_tokens
+        self.continuous, self.prefix_cache = continuous, prefix_cache
+        require_counts(self, 1, "max_running", "max_tokens")
+        require(max_tokens >= max_running, f"max_tokens={max_tokens} is not accepted; give at least max_running={max_running}, "
+                                           f"a token for every sequence that decodes")
+        self.waiting: list[Sequence] = []             # both in order of rank
         self.running: list[Sequence] = []
+        self._arrivals = 0
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence; ValueError if it could never fit."""
-        need = self.pool.blocks_for(len(sequence.prompt) + sequence.max_new_tokens)
-        total = len(self.pool._references)
-        if need > total:
-            raise ValueError(f"a sequence of {len(sequence.prompt)} + {sequence.max_new_tokens} tokens needs {need} "
-                             f"blocks of {self.pool.block_size}, the pool has {total}; shorten it or enlarge the pool")
-        self.waiting.append(sequence)
+        """Queue a sequence; ValueError if it could never run."""
+        n, seats = len(sequence.prompt) + sequence.max_new_tokens, 1 + len(sequence.forks)
+        need = self.pool.blocks_for(n)
+        require(need <= self.pool.n_blocks, f"a sequence of {len(sequence.prompt)} + {sequence.max_new_tokens} tokens needs "
+                f"{need} blocks of {self.pool.block_size}, the pool has {self.pool.n_blocks}; shorten it or enlarge the pool")
+        require(seats <= self.max_running, f"{seats} samples of one prompt run together, max_running={self.max_running} is less")
+        for member in (sequence, *sequence.forks):
+            member.rank = sequence.priority, self._arrivals
+            self._arrivals += 1
+        insort(self.waiting, sequence, key=RANK)
 
-    def schedule(self) -> list[Sequence]:
-        """The batch of the next step, in order of admission; empty when there is nothing to do."""
+    def schedule(self) -> Step:
+        """The next step; without work when there is nothing to do."""
+        step = Step([], [], [])
+        live = [s for s in self.running if not s.finished]
+        for sequence in live:
+            if sequence.n_tokens - sequence.n_computed == 1 and sequence.blocks and self._extend(sequence, step):
+                step.work.append(Work(sequence, sequence.n_computed, sequence.n_tokens))
+        left = self.max_tokens - len(step.work) if self.continuous else 1 << 62
+        for sequence in live:
+            if sequence.blocks and 1 < (rest := sequence.n_tokens - sequence.n_computed) and left:
+                left -= self._compute(sequence, min(rest, left), step)
         if self.continuous or not self.running:
-            while self.waiting and len(self.running) < self.max_running:
-                first = self.waiting[0]
-                need = self.pool.blocks_for(len(first.prompt) + first.max_new_tokens)
-                if need > self.pool.n_free:
-                    break                                  # nobody overtakes: no sequence starves
-                first.blocks = [self.pool.allocate() for _ in range(need)]
-                self.running.append(self.waiting.popleft())
-        return [s for s in self.running if not s.finished]
+            while left and self.waiting and not step.preempted and self._admit(self.waiting[0]):
+                sequence = self.waiting.pop(0)
+                left -= self._compute(sequence, min(sequence.n_tokens - sequence.n_computed, left), step)
+        return step
 
-    def update(self, tokens: dict[Sequence, int]) -> list[Sequence]:
-        """Append one new token to each sequence of the step; returns those that finished, their blocks freed."""
-        for sequence, token in tokens.items():
-            sequence.generated.append(token)
-        done = [s for s in self.running if s.finished and s.blocks]
-        for sequence in done:
-            for block in sequence.blocks:
-                self.pool.release(block)
-            sequence.blocks = []
-        if self.continuous or all(s.finished for s in self.running):
+    def advance(self, step: Step) -> list[list[Sequence]]:
+        """Count the step as computed. For every piece of work that yields, in order: the sequences to append a token to,
+        all from the same logits; they are several when a prompt is done that others wait to share."""
+        for sequence, start, stop in step.work:
+            sequence.n_computed = stop
+            if self.prefix_cache:
+                for i in range(start // self.pool.block_size, stop // self.pool.block_size):       # blocks now full
+                    self.pool.publish(sequence.blocks[i], self._key(sequence, i))
+        return [[work.sequence, *self._fork(work.sequence)] for work in step.work if work.yields]
+
+    def append(self, sequence: Sequence, token: int, reason: str | None = None) -> None:
+        """Add the next token; `reason` says that it is the last one, as does the sequence's own limit."""
+        sequence.generated.append(token)
+        if reason or len(sequence.generated) >= sequence.max_new_tokens:
+            self.finish(sequence, reason or "length")
+
+    def finish(self, sequence: Sequence, reason: str) -> None:
+        """End a sequence, running or waiting, and the forks that wait for it; its blocks go."""
+        for member in (sequence, *sequence.forks):
+            member.finished = reason
+        self._release(sequence)
+        if sequence not in self.running:
+            self.waiting.remove(sequence)
+        elif self.continuous or all(s.finished for s in self.running):         # static batches end together
             self.running = [s for s in self.running if not s.finished]
-        return done
+
+    def _compute(self, sequence: Sequence, n: int, step: Step) -> int:
+        step.work.append(Work(sequence, sequence.n_computed, sequence.n_computed + n))
+        return n
+
+    def _key(self, sequence: Sequence, i: int) -> bytes:
+        """The key of its block i, which is full; worked out once."""
+        size, keys = self.pool.block_size, sequence.keys
+        for at in range(len(keys) * size, (i + 1) * size, size):
+            keys.append(chain(keys[-1] if keys else b"", sequence.tokens(at, at + size)))
+        return keys[i]
+
+    def _cached(self, sequence: Sequence) -> list[int]:
+        """The blocks of its longest known prefix. The last token is never among them: its logits are to be computed."""
+        found: list[int] = []
+        if self.prefix_cache:
+            for i in range((sequence.n_tokens - 1) // self.pool.block_size):
+                block = self.pool.find(self._key(sequence, i))
+                if block is None:
+                    break
+                found.append(block)
+        return found
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Take a seat for it and its forks and the blocks of its prompt; False where they are not to be had."""
+        live = sum(1 + len(s.forks) for s in self.running)
+        if live + 1 + len(sequence.forks) > self.max_running:
+            return False
+        pool, cached = self.pool, self._cached(sequence)
+        n = sequence.n_tokens if self.continuous else len(sequence.prompt) + sequence.max_new_tokens
+        need = pool.blocks_for(n) - sum(pool.references(b) > 0 for b in cached)
+        if need + (len(self.running) if self.continuous else 0) > pool.n_free:
+            return False                                   # nobody overtakes: no sequence starves
+        for block in cached:
+            pool.share(block)
+        sequence.blocks = cached + [pool.allocate() for _ in range(pool.blocks_for(n) - len(cached))]
+        sequence.n_computed = sequence.n_cached = len(cached) * pool.block_size
+        insort(self.running, sequence, key=RANK)
+        return True
+
+    def _extend(self, sequence: Sequence, step: Step) -> bool:
+        """Room for one more token, and a tail of its own to write it to; False if the sequence itself had to give way."""
+        at = sequence.n_computed // self.pool.block_size
+        shared = at < len(sequence.blocks) and self.pool.references(sequence.blocks[at]) > 1
+        if at < len(sequence.blocks) and not shared:
+            return True
+        while not self.pool.n_free:
+            last = next(s for s in reversed(self.running) if s.blocks)
+            self._preempt(last, step)
+            if last is sequence:
+                return False
+        block = self.pool.allocate()
+        if shared:                                         # copy on write: others go on reading the old tail
+            step.copies.append((sequence.blocks[at], block))
+            self.pool.release(sequence.blocks[at])
+            sequence.blocks[at] = block
+        else:
+            sequence.blocks.append(block)
+        return True
+
+    def _preempt(self, sequence: Sequence, step: Step) -> None:
+        self._release(sequence)
+        sequence.n_computed = 0
+        sequence.preemptions += 1
+        self.running.remove(sequence)
+        insort(self.waiting, sequence, key=RANK)
+        step.preempted.append(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        for block in reversed(sequence.blocks):            # a prefix stays cached longer than what follows it
+            self.pool.release(block)
+        sequence.blocks = []
+
+    def _fork(self, sequence: Sequence) -> list[Sequence]:
+        """Those that waited for this prompt, each now with the same blocks."""
+        forks, sequence.forks = sequence.forks, []
+        for fork in forks:
+            fork.blocks, fork.n_computed = sequence.blocks[:self.pool.blocks_for(sequence.n_computed)], sequence.n_computed
+            fork.keys = list(sequence.keys)
+            for block in fork.blocks:
+                self.pool.share(block)
+            insort(self.running, fork, key=RANK)
+        return forks

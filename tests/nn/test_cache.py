@@ -72,7 +72,7 @@ def test_pages_do_not_join_the_graph_and_keep_their_own_dtype():
     model = Transformer(BASE)
     cache = PagedKVCache(BASE, 4, 4, torch.arange(4, dtype=torch.int32)[None], torch.float16)
     logits = model(tokens(1, 5), cache)
-    assert not cache.keys.requires_grad and cache.keys.dtype == torch.float16 and logits.dtype == torch.float32
+    assert not cache.pages.pools[0].requires_grad and cache.pages.pools[0].dtype == torch.float16 and logits.dtype == torch.float32
     torch.testing.assert_close(logits, model(tokens(1, 5)), rtol=0, atol=1e-3)        # fp16 keeps 11 bits
 
 
