@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gpt4lib.nn.cache import KVCache, PagedKVCache
+from gpt4lib.nn.cache import KVCache, PagedKVCache, Pages, RaggedKVCache
 from gpt4lib.nn.transformer import Transformer
 from gpt4lib.specs import LatentAttention, ModelSpec
 
@@ -96,3 +96,42 @@ def test_what_pages_cannot_hold_is_refused():
     cache.lengths += 62
     with pytest.raises(ValueError, match="65 tokens do not fit in context=64"):
         Transformer(BASE)(tokens(1, 3), cache)
+
+
+RAGGED = {**KINDS, "sinks": dict(sinks=True, n_kv_heads=2), "windowed sinks": dict(sinks=True, window=6),
+          "latent": dict(latent=LatentAttention(q_rank=None, kv_rank=8, nope_dim=4, rope_dim=2, v_dim=6))}
+
+
+@pytest.mark.parametrize("kind", RAGGED)
+@torch.no_grad()
+def test_pieces_of_different_sequences_in_one_pass_are_each_their_own_full_pass(kind):
+    """Whole prompts, chunks of prompts and single tokens side by side, over permuted pages."""
+    model, x = Transformer(BASE.with_(**RAGGED[kind]), seed=1).double(), tokens(4, 20)
+    pages = Pages(model.spec, 25, 4, torch.float64)
+    table = torch.randperm(24, generator=torch.Generator().manual_seed(3)).view(4, 6).tolist()
+    passes = [[(0, 0, 7), (1, 0, 1), (2, 0, 4)], [(3, 0, 5), (0, 7, 8), (1, 1, 2), (2, 4, 9)],
+              [(0, 8, 9), (1, 2, 3), (2, 9, 10), (3, 5, 10)], [(2, 10, 20), (3, 10, 20), (0, 9, 20)]]
+    for pieces in passes:
+        cache = RaggedKVCache(pages, [(table[b], start, stop) for b, start, stop in pieces], spare=24)
+        logits = model(torch.cat([x[b, start:stop] for b, start, stop in pieces])[None], cache)[0]
+        for (b, start, stop), found in zip(pieces, logits.split([stop - start for _, start, stop in pieces])):
+            torch.testing.assert_close(found, model(x[b:b + 1, :stop])[0, start:], **EXACT)
+
+
+@torch.no_grad()
+def test_only_the_wanted_logits_are_computed():
+    model, x = Transformer(BASE, seed=1), tokens(2, 6)
+    torch.testing.assert_close(model(x, only=torch.tensor([1, 5])), model(x)[:, [1, 5]], rtol=1e-5, atol=1e-6)
+    assert model(x, only=torch.tensor([], dtype=torch.int64)).shape == (2, 0, 50)
+
+
+def test_pages_are_copied_and_cleared_whole():
+    pages = Pages(BASE, 4, 2)
+    for pool in pages.pools:
+        pool.copy_(torch.arange(4.0)[:, None, None, None])
+    pages.copy([(3, 0), (2, 1)])
+    pages.clear([2])
+    pages.copy([])
+    for pool in pages.pools:
+        assert pool.flatten(2).unique(dim=2).squeeze(2).tolist() == [[3, 2, 0, 3]] * BASE.n_layers
+    assert len(Pages(BASE.with_(latent=RAGGED["latent"]["latent"]), 4, 2).pools) == 1
