@@ -124,7 +124,7 @@ class Engine:
     def _fail(self, answer: Answer, error: str) -> None:
         """End one answer; nobody finds its blocks' content again, or inherits it."""
         answer.error, blocks, pool = error, answer.blocks, self.scheduler.pool
-        self.scheduler.finish(answer, "error")
         for block in blocks:
             pool.forget(block)
+        self.scheduler.finish(answer, "error")
         self.executor.clear([b for b in blocks if not pool.references(b)])

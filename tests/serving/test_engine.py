@@ -204,14 +204,19 @@ def test_logits_that_are_not_numbers_end_that_request_only_and_poison_no_block(k
     """Also not through the blocks it leaves behind, whose unused ends the next owner multiplies by zero."""
     sick = loud(Transformer(BASE.with_(**KINDS[kind]), seed=1).double())
     sick.embedding = Poisoned(sick.embedding)
-    e = Engine(sick, 6, 4, max_running=3)
-    bad = e.add([1, 2, 13, 4, 5], SamplingParams(max_tokens=5))[0]
-    good = [e.add(p, SamplingParams(max_tokens=4))[0] for p in ([1, 2, 3], [6, 7], [8], [9, 10, 11, 12, 14])]
-    run(e)
+    e = Engine(sick, 20, 4, max_running=5, max_tokens=10)
+    good = [e.add(p, SamplingParams(max_tokens=n))[0] for p, n in (([5], 1), ([6, 7, 8, 9, 10], 9), ([7, 8, 9], 9))]
+    e.step()                                                       # the first is done and leaves block 0, the others decode,
+    bad, = e.add([13, *range(30)], SamplingParams(max_tokens=5))   # and meanwhile this prompt takes some steps
+    while not bad.finished:
+        e.step()
     assert bad.finished == "error" and "not numbers" in bad.error and bad.generated == []
+    good += [e.add(p, SamplingParams(max_tokens=6))[0] for p in ([6, 7, 8, 9, 11], [7, 8, 9, 10, 11, 12, 14, 15, 16], [3])]
+    run(e)
     for a in good:
-        assert a.generated == alone(a.prompt, 4, kind) or 13 in a.generated
-    again = e.add([1, 2, 13, 4, 5], SamplingParams(max_tokens=5))[0]
+        expected = alone(a.prompt, a.max_new_tokens, kind)
+        assert a.generated == expected[:[*expected, 13].index(13) + 1]              # whoever says 13 is sick from then on
+    again, = e.add(bad.prompt, SamplingParams(max_tokens=5))
     run(e)
     assert again.n_cached == 0 and again.finished == "error"
 
