@@ -1,11 +1,9 @@
 """The statements of the notes as frozen records, and the figures they share."""
 
 import difflib
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 from gpt4lib.ledger.intervals import ANY, Interval, evaluate, names, rounding
@@ -116,8 +114,6 @@ class Figures:
     def replaced(self, claim: Claim) -> "Figures":
         """Return these figures with those of `claim` in place of the ones on record."""
         other = Figures([claim], self.constants, self.derived)
-        if all(self.stated.get(symbol) == entry for symbol, entry in other.stated.items()):
-            return self
         other.stated = self.stated | other.stated
         return other
 
@@ -181,17 +177,16 @@ def _constant(unit: str, value: float = 0, source: str = "", preset: str = "") -
 
 @cache
 def _ledger() -> tuple[tuple[Claim, ...], Figures]:
-    body, terms = (tomllib.loads(Path(__file__).with_name(file).read_text("utf8")) for file in ("claims.toml", "glossary.toml"))
+    body, terms = (registry.read("gpt4lib.ledger", file) for file in ("claims.toml", "glossary.toml"))
     known: dict[str, Quantity] = {}
     claims = []
     for row in (*body["claim"], *terms["claim"]):
         section, chapter = body["sections"][row["id"].rstrip("0123456789ab")]
-        says, implies, readings = (row.pop(key, ()) for key in ("says", "implies", "readings"))
-        quantities = tuple(_quantity(known, **q) for q in says)
+        given = {"section": section, "status": "reported", "chapter": chapter, **row}
+        quantities = tuple(_quantity(known, **q) for q in given.pop("says", ()))
         known |= {q.symbol: q for q in quantities if q.symbol}
-        claims.append(Claim(section=section, quantities=quantities, implies=tuple(Implication(**i) for i in implies),
-                            readings=tuple(_reading(**r) for r in readings),
-                            **{"status": "reported", "chapter": chapter} | row))
+        claims.append(Claim(**given | {"quantities": quantities, "implies": tuple(Implication(**i) for i in row.get("implies", ())),
+                                       "readings": tuple(_reading(**r) for r in row.get("readings", ()))}))
     constants = {name: _constant(**row) for name, row in body["constants"].items()}
     return tuple(claims), Figures(claims, constants, body["derived"])
 

@@ -1,4 +1,4 @@
-"""The presets: models, devices and clusters in TOML, each number with its source and status."""
+"""The tables in TOML; among them the presets, models, devices and clusters, each number with its source and status."""
 
 import tomllib
 from dataclasses import dataclass
@@ -18,8 +18,13 @@ class Source:
 
 
 @lru_cache(maxsize=None)
+def read(package: str, file: str) -> dict[str, Any]:
+    """A TOML file that lies in a package of the library; shared, so not to be changed."""
+    return tomllib.loads(resources.files(package).joinpath(file).read_text("utf8"))
+
+
 def _tables(kind: str) -> dict[str, dict[str, Any]]:
-    return tomllib.loads(resources.files("gpt4lib.specs").joinpath("presets", f"{kind}.toml").read_text("utf8"))
+    return read("gpt4lib.specs", f"presets/{kind}.toml")
 
 
 def names(kind: str) -> tuple[str, ...]:
