@@ -201,8 +201,8 @@ def config_of(model: Transformer) -> dict[str, Any]:
         config = dict(intermediate_size=s.d_expert if s.is_moe else s.d_ff, hidden_act="silu", sliding_window=s.window,
                       rms_norm_eps=numerics.norm_eps,
                       rope_parameters={"rope_theta": numerics.rope_base, "rope_type": "default", **llama3})
-    table = huggingface.FAMILIES[family].items()
-    named = {look.name: getattr(s, field) for field, look in table if isinstance(look, huggingface.Key)}
+    looked_up = {field: entry for field, entry in huggingface.FAMILIES[family].items() if isinstance(entry, dict)}
+    named = {entry["key"]: getattr(s, field) for field, entry in looked_up.items() if "key" in entry}
     config = {"model_type": family, **named, **config}
     again = ModelSpec.from_hf(config).with_(name=s.name, d_ff=s.d_ff)
     different = [f for f in s.__dataclass_fields__ if getattr(again, f) != getattr(s, f)]
