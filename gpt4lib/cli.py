@@ -148,8 +148,7 @@ def validate(args: argparse.Namespace) -> tuple[Any, str]:
                 {"unpriced": r.unpriced} if r.unpriced else
                 {"predicted": r.predicted, "error": r.error, "bound_by": r.bound_by, "fitted": r.fitted})} for r in results]}
     percent = lambda x: "" if x is None else fmt.percent(x)                                     # noqa: E731
-    line = lambda name, s: (name, *(s.get(k, "") for k in ("n", "priced")), *(percent(s.get(k)) for k in (    # noqa: E731
-        "median_abs_error", "mean_abs_error", "p90_abs_error", "bias")))
+    line = lambda name, s: (name, *(s.get(k, "") for k in ("n", "priced")), *(percent(s.get(k)) for k in v.FIGURES))  # noqa: E731
     table = [line(f"{source[:60]}, {group.split('_')[0]}", s) for group, found in groups.items()
              for source, s in v.by_source(found).items()]
     table += [line(f"average of sources: {name}", s) for name, s in told.items()] + [line("every row", data["overall"])]
