@@ -6,9 +6,7 @@ from typing import Iterator
 from gpt4lib import format as fmt
 from gpt4lib.analysis.estimator import Estimator
 from gpt4lib.analysis.training import SECONDS_PER_DAY, Estimate
-from gpt4lib.specs.model import ModelSpec
-from gpt4lib.specs.workload import RECOMPUTE, ParallelPlan
-
+from gpt4lib.specs import RECOMPUTE, ModelSpec, ParallelPlan
 
 NEAR = 0.02              # how far from the batch that was asked for a plan may be
 

@@ -21,10 +21,9 @@ from gpt4lib.distributed.grid import ProcessGrid
 from gpt4lib.distributed.layout import check
 from gpt4lib.distributed.trainer import StepResult, Trainer
 from gpt4lib.nn import data
-from gpt4lib.nn.numerics import positive
 from gpt4lib.profiling import count_wire, forward_flop
 from gpt4lib.specs import DeviceSpec, ModelSpec, ParallelPlan
-from gpt4lib.specs.checks import require_known
+from gpt4lib.specs.checks import positive, require_known
 
 # What is trained when nobody says what: GPT-4's shape as reported, at a size for one core.
 TOY = ModelSpec("toy", n_layers=4, d_model=64, n_heads=4, n_kv_heads=1, d_ff=128, vocab_size=256, context=256,

@@ -185,8 +185,9 @@ def _ledger() -> tuple[tuple[Claim, ...], Figures]:
         given = {"section": section, "status": "reported", "chapter": chapter, **row}
         quantities = tuple(_quantity(known, **q) for q in given.pop("says", ()))
         known |= {q.symbol: q for q in quantities if q.symbol}
-        claims.append(Claim(**given | {"quantities": quantities, "implies": tuple(Implication(**i) for i in row.get("implies", ())),
-                                       "readings": tuple(_reading(**r) for r in row.get("readings", ()))}))
+        given |= {"quantities": quantities, "implies": tuple(Implication(**i) for i in row.get("implies", ())),
+                  "readings": tuple(_reading(**r) for r in row.get("readings", ()))}
+        claims.append(Claim(**given))
     constants = {name: _constant(**row) for name, row in body["constants"].items()}
     return tuple(claims), Figures(claims, constants, body["derived"])
 

@@ -64,4 +64,5 @@ def constraints(known: Figures | None = None) -> tuple[Outcome, ...]:
     """Evaluate every constraint of the notes."""
     known = known or figures()
     table = registry.read("gpt4lib.ledger", "constraints.toml")
-    return tuple(evaluate_constraint(Constraint(name, tuple(Relation(*row) for row in rows)), known) for name, rows in table.items())
+    rows = (Constraint(name, tuple(Relation(*row) for row in relations)) for name, relations in table.items())
+    return tuple(evaluate_constraint(constraint, known) for constraint in rows)

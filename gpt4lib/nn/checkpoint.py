@@ -13,10 +13,10 @@ from typing import Any, Iterator, Mapping, NamedTuple
 import torch
 from torch import Tensor
 
-from gpt4lib.nn.numerics import Llama3Rope, Numerics, positive
+from gpt4lib.nn.numerics import Llama3Rope, Numerics
 from gpt4lib.nn.transformer import Transformer
 from gpt4lib.specs import ModelSpec, huggingface, registry
-from gpt4lib.specs.checks import require
+from gpt4lib.specs.checks import positive, require
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 SHARD = re.compile(r"model\d*-\d{5}-of-\d{5}\.safetensors")

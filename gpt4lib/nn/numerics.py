@@ -2,19 +2,11 @@
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from gpt4lib.specs.checks import require_known
-
-
-def positive(name: str, value: Any) -> float:
-    """The value, if it is a finite number > 0; ValueError with its name otherwise. Strings are not read as numbers."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise ValueError(f"{name}={value!r} is not accepted; give a finite number > 0")
-    return value
+from gpt4lib.specs.checks import positive, require_known
 
 
 @dataclass(frozen=True)

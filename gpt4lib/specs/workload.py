@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 from gpt4lib.specs.checks import require_counts, require_known
-from gpt4lib.specs.hardware import ClusterSpec
 from gpt4lib.specs.model import ModelSpec
 
 RECOMPUTE = ("none", "selective", "full")
@@ -46,8 +45,8 @@ class ParallelPlan:
             raise ValueError(f"sequence_parallel={self.sequence_parallel!r} is not accepted; give True or False")
         if self.dp % self.ep:
             raise ValueError(f"dp={self.dp} is not divisible by ep={self.ep}; experts are spread over data-parallel ranks")
-        if self.shard is not None and (type(self.shard) is not int or self.shard < 1
-                                       or self.dp % self.shard or self.zero_stage < 3 or self.ep > 1):
+        sharded = type(self.shard) is int and self.shard >= 1 and self.dp % self.shard == 0 and self.zero_stage == 3 and self.ep == 1
+        if self.shard is not None and not sharded:
             raise ValueError(f"shard={self.shard!r} is not accepted; give a divisor of dp={self.dp} with zero_stage 3 and ep 1")
 
     @property
@@ -58,13 +57,6 @@ class ParallelPlan:
     def global_batch(self) -> int:
         """Sequences in one optimizer step, over all replicas."""
         return self.micro_batch * self.n_micro_batches * self.dp
-
-    def check_cluster(self, cluster: ClusterSpec) -> None:
-        """ValueError, one line, if the cluster has too few devices for this plan."""
-        if self.n_devices > cluster.n_devices:
-            cp = f" x cp={self.cp}" if self.cp > 1 else ""
-            raise ValueError(f"tp={self.tp} x pp={self.pp} x dp={self.dp}{cp} needs {self.n_devices:,} devices, "
-                             f"cluster {cluster.name} has {cluster.n_devices:,}; lower one of the degrees")
 
     def check(self, spec: ModelSpec) -> None:
         """ValueError, one line, if this plan cannot hold the model."""
