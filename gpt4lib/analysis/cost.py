@@ -72,7 +72,6 @@ class Run(NamedTuple):
 def run(n_devices: int, step_seconds: float, tokens_per_step: float, tokens: float, dollars_per_device_hour: float,
         watts: float, useful: float = 1.0) -> Run:
     """A run over `tokens`, of whose wall time the share `useful` is goodput."""
-    if not 0 < useful <= 1:
-        raise ValueError(f"useful={useful!r} is not accepted; give a fraction above 0 and up to 1")
+    require(0 < useful <= 1, f"useful={useful!r} is not accepted; give a fraction above 0 and up to 1")
     total = tokens / tokens_per_step * step_seconds / useful
     return Run(total, hours := device_hours(n_devices, total), hours * dollars_per_device_hour, joules(n_devices, total, watts))

@@ -14,6 +14,7 @@ from gpt4lib.analysis import efficiency as eff
 from gpt4lib.analysis import flops, memory, operators, pipeline
 from gpt4lib.analysis.training import Estimate
 from gpt4lib.specs import ClusterSpec, ModelSpec, ParallelPlan, dtype_bytes
+from gpt4lib.specs.checks import require
 
 TRAINED_IN = ("bf16", "fp16", "fp8")
 LOSS_BYTES = 54          # a logit is written, cast, compared, shifted, exponentiated, summed, divided, and back again
@@ -49,11 +50,9 @@ class Estimator:
     def __init__(self, spec: ModelSpec, cluster: ClusterSpec, seq_len: int, dtype: str = "bf16", gradient_dtype: str = "fp32",
                  *, fused: bool = True, two_gradients: bool = False, causal: bool = True,
                  efficiency: eff.Efficiency | None = None) -> None:
-        if type(seq_len) is not int or seq_len < 1:
-            raise ValueError(f"seq_len={seq_len!r} is not accepted; give a number of tokens >= 1")
+        require(type(seq_len) is int and seq_len >= 1, f"seq_len={seq_len!r} is not accepted; give a number of tokens >= 1")
         for what, given, accepted in (("dtype", dtype, TRAINED_IN), ("gradient_dtype", gradient_dtype, ("fp32", "bf16", "fp16"))):
-            if given not in accepted:
-                raise ValueError(f"{what} {given!r} is not accepted for training; give {', '.join(accepted)}")
+            require(given in accepted, f"{what} {given!r} is not accepted for training; give {', '.join(accepted)}")
         if spec.positions == "learned" and seq_len > spec.context + spec.position_offset:
             raise ValueError(f"seq_len={seq_len} is more than the {spec.context} positions of {spec.name}")
         k, device = efficiency or eff.fitted(), cluster.device

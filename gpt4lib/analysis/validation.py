@@ -23,6 +23,7 @@ from gpt4lib.analysis import efficiency as eff
 from gpt4lib.analysis.estimator import Estimator
 from gpt4lib.analysis.training import Estimate
 from gpt4lib.specs import DTYPE_BYTES, RECOMPUTE, ClusterSpec, LatentAttention, ModelSpec, ParallelPlan
+from gpt4lib.specs.checks import require
 
 NUMBERS = ("n_layers", "d_model", "n_heads", "n_kv_heads", "vocab_size", "seq_len", "n_experts", "top_k", "n_devices",
            "devices_per_node", "tp", "pp", "dp", "ep", "cp", "micro_batch", "global_batch")
@@ -94,8 +95,7 @@ def read(path: str | Path) -> list[dict[str, Any]]:
     reader = csv.DictReader(io.StringIO(text, newline=""))
     try:
         missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
-        if missing:
-            raise ValueError(f"{path} line 1: no column {', '.join(missing)}; needed are {', '.join(COLUMNS)}")
+        require(not missing, f"{path} line 1: no column {', '.join(missing)}; needed are {', '.join(COLUMNS)}")
         return [_row(path, reader.line_num, raw) for raw in reader]
     except csv.Error as error:
         raise ValueError(f"{path} line {reader.line_num}: {error}; give a CSV file") from None
@@ -108,8 +108,7 @@ def _row(path: str | Path, line: int, raw: Mapping[str, str]) -> dict[str, Any]:
         for name, accepted in ACCEPTED.items():
             if row[name] not in accepted:
                 raise ValueError(f"column {name}: {row[name]!r} is not accepted; give {', '.join(filter(None, accepted))}")
-        if row["value"] is None:
-            raise ValueError("column value: empty; give the measured number")
+        require(row["value"] is not None, "column value: empty; give the measured number")
     except ValueError as problem:
         row["problem"] = f"{path} line {line}, {problem}"
     return row
@@ -164,13 +163,11 @@ def case(row: Mapping[str, Any]) -> Case:
     that shape published. Hybrid sharding stays inside a node.
     """
     for name in ("n_layers", "d_model", "n_heads", "vocab_size", "seq_len", "device", "n_devices"):
-        if not row[name]:
-            raise ValueError(f"{name} is not published")
+        require(row[name], f"{name} is not published")
     tp, pp, cp, ep = (row[name] or 1 for name in ("tp", "pp", "cp", "ep"))
     cluster = _cluster(row["device"], row["devices_per_node"])
     dp = row["dp"] or row["n_devices"] // (tp * pp * cp)
-    if tp * pp * dp * cp != row["n_devices"]:
-        raise ValueError(f"tp={tp} x pp={pp} x dp={dp} x cp={cp} is not n_devices={row['n_devices']}")
+    require(tp * pp * dp * cp == row["n_devices"], f"tp={tp} x pp={pp} x dp={dp} x cp={cp} is not n_devices={row['n_devices']}")
     gated, kv_heads = row["gated_ffn"] == "yes", row["n_kv_heads"] or row["n_heads"]
     spec = _spec(row["n_layers"], row["d_model"], row["n_heads"], kv_heads, row["d_ff"], gated,
                  row["vocab_size"], row["seq_len"], row["n_experts"] or 0, row["top_k"],
@@ -184,8 +181,7 @@ def case(row: Mapping[str, Any]) -> Case:
     cluster.device.peak_flop_rate(dtype)
     fused = gated or cluster.device.generation not in ("volta", "ampere") or (tp * pp == 1 and dtype != "fp16")
     batch, micro = row["global_batch"], row["micro_batch"]
-    if not (batch or micro):
-        raise ValueError("neither global_batch nor micro_batch is published")
+    require(batch or micro, "neither global_batch nor micro_batch is published")
     each = (batch or micro * dp) // dp
     micros = [b for b in ([micro] if micro else (1, 2, 4, 8)) if each and each % b == 0]
     if batch and (not micros or each * dp != batch):

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from gpt4lib.specs.checks import positive, require_known
+from gpt4lib.specs.checks import positive, require, require_known
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,8 @@ class Llama3Rope:
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             positive(name, value)
-        if self.low_freq_factor >= self.high_freq_factor:
-            raise ValueError(f"low_freq_factor={self.low_freq_factor!r} is not accepted; "
-                             f"give a number below high_freq_factor={self.high_freq_factor!r}")
+        require(self.low_freq_factor < self.high_freq_factor, f"low_freq_factor={self.low_freq_factor!r} is not accepted; "
+                f"give a number below high_freq_factor={self.high_freq_factor!r}")
 
     def stretch(self, rates: Tensor) -> Tensor:
         """Rates whose wavelength exceeds original / low are divided by factor, those under original / high kept."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Mapping
 
 from gpt4lib.specs import registry
+from gpt4lib.specs.checks import require
 from gpt4lib.specs.model import Indexer, LatentAttention, LinearAttention, ModelSpec
 
 Config = Mapping[str, Any]
@@ -39,8 +40,7 @@ def look(c: Config, entry: Any) -> Any:
 def count(c: Config, name: str, default: Any = REQUIRED) -> int:
     """An integer field that takes part in arithmetic here, checked before it does."""
     value = find(c, name, default)
-    if type(value) is not int or value < 0:
-        raise ValueError(f"field {name!r}={value!r} is not accepted; give an integer >= 0")
+    require(type(value) is int and value >= 0, f"field {name!r}={value!r} is not accepted; give an integer >= 0")
     return value
 
 
@@ -98,8 +98,7 @@ def _kinds(c: Config, rest: str | None = None, step: str = "") -> tuple[str, ...
     names = {"full_attention": "full", "sliding_attention": "window", "linear_attention": "linear", "chunked_attention": "window"}
     if listed := c.get("layer_types"):
         unknown = sorted({str(t) for t in listed} - set(names))
-        if unknown:
-            raise ValueError(f"field 'layer_types' holds {unknown}; accepted: {', '.join(names)}")
+        require(not unknown, f"field 'layer_types' holds {unknown}; accepted: {', '.join(names)}")
         return tuple(names[t] for t in listed)
     last = _every(c, count(c, step, 4) if step else 2)
     return tuple("full" if full else rest for full in last) if rest else None

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from gpt4lib.specs.checks import require_counts, require_known
+from gpt4lib.specs.checks import require, require_counts, require_known
 from gpt4lib.specs.model import ModelSpec
 
 RECOMPUTE = ("none", "selective", "full")
@@ -65,8 +65,7 @@ class ParallelPlan:
         if "linear" in spec.layer_kinds:
             split |= {"linear.n_key_heads": spec.linear.n_key_heads, "linear.n_value_heads": spec.linear.n_value_heads}
         for name, value in split.items():
-            if value % self.tp:
-                raise ValueError(f"{name}={value} is not divisible by tp={self.tp}; choose a tp that divides it")
+            require(value % self.tp == 0, f"{name}={value} is not divisible by tp={self.tp}; choose a tp that divides it")
         if spec.latent is None and spec.n_kv_heads % self.tp and self.tp % spec.n_kv_heads:
             raise ValueError(f"n_kv_heads={spec.n_kv_heads} neither divides nor is divided by tp={self.tp}; "
                              f"key/value heads are split or copied evenly")
