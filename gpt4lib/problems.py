@@ -5,8 +5,7 @@ away from the chapter it belongs to. Hints and tolerances stand in problems.toml
 """
 
 import math
-from dataclasses import dataclass
-from typing import Callable
+from typing import Callable, NamedTuple
 
 from gpt4lib import recorded
 from gpt4lib.analysis import collectives, cost, flops, inference, memory, pipeline, roofline, scaling_laws, training
@@ -14,8 +13,7 @@ from gpt4lib.analysis.parameters import parameters
 from gpt4lib.specs import DeviceSpec, ModelSpec, ParallelPlan, registry
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """`expected` gives the right value; an answer within `tolerance` (relative) of it is accepted."""
     hint: str
     expected: Callable[[], float]

@@ -6,15 +6,14 @@ for its router, its shared experts and top_k routed ones, never for all. A backw
 the forward (`backward`).
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from gpt4lib.analysis.elementwise import least, most
 from gpt4lib.analysis.parameters import parameters, projections
 from gpt4lib.specs.model import ModelSpec
 
 
-@dataclass(frozen=True)
-class FlopCount:
+class FlopCount(NamedTuple):
     """FLOP by part. Scores are apart from attention's projections: only they grow with context."""
     total: int
     by_part: dict[str, int]

@@ -1,6 +1,5 @@
 """How many parameters a spec has, by part: exact integers, total and active per token."""
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from gpt4lib.specs import ModelSpec
@@ -82,8 +81,7 @@ def indexers(spec: ModelSpec) -> int:
     return one * (spec.n_layers if ix.layers is None else ix.layers)
 
 
-@dataclass(frozen=True)
-class ParameterCount:
+class ParameterCount(NamedTuple):
     """Exact parameter counts. `active` counts what one token's forward pass uses: all but the
     routed experts it does not visit. Embedding rows are counted in full, as model cards do."""
     total: int

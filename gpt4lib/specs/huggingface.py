@@ -123,20 +123,13 @@ def _falcon_norms(c: Config) -> int:
     return 1 if c.get("parallel_attn", True) else 2
 
 
-def _falcon_positions(c: Config) -> str:
-    return "alibi" if c.get("alibi") else "rotary"
-
-
-def _glm_qk_norm(c: Config) -> str:
-    return "head" if c.get("use_qk_norm") else "none"
+def _either(c: Config, key: str, yes: Any, no: Any = None) -> Any:
+    """One of two entries, whether a key is there and true or not."""
+    return look(c, yes if c.get(key) else no)
 
 
 def _mistral_window(c: Config) -> int | None:
     return c.get("sliding_window", 4096)
-
-
-def _qwen_window(c: Config) -> int | None:
-    return c.get("sliding_window") if c.get("use_sliding_window") else None
 
 
 def _opt_final_norm(c: Config) -> bool:
@@ -153,7 +146,7 @@ def _four_times(c: Config, key: str) -> int:
 
 CALLS = {f.__name__.removeprefix("_"): f for f in (
     _first_dense, _sparse_step, _interleaved, _shared, _latent, _latent_head_dim, _linear, _kinds, _chunked, _shared_heads,
-    _falcon_norms, _falcon_positions, _glm_qk_norm, _mistral_window, _qwen_window, _opt_final_norm, _opt_embedding, _four_times)}
+    _falcon_norms, _either, _mistral_window, _opt_final_norm, _opt_embedding, _four_times)}
 
 
 def _families() -> dict[str, dict[str, Any]]:

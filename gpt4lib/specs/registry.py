@@ -1,16 +1,14 @@
 """The tables in TOML; among them the presets, models, devices and clusters, each number with its source and status."""
 
 import tomllib
-from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
-from typing import Any
+from typing import Any, NamedTuple
 
 STATUSES = ("published", "reported", "inferred")
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """Where a number comes from: `status` is published (paper, datasheet), reported (rumour, leak,
     press) or inferred (solved for here)."""
     status: str
