@@ -4,7 +4,7 @@ import argparse
 import json
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any, NoReturn, Sequence
 
 import gpt4lib                                    # whose modules load on first use
@@ -28,18 +28,17 @@ def params(args: argparse.Namespace) -> tuple[Any, str]:
     rows += [("total", f"{count.total:,}", fmt.count(count.total)), ("active", f"{count.active:,}", fmt.count(count.active))]
     text = fmt.table(rows, ("part", "parameters", "share"), right=(1, 2))
     if spec.name in ModelSpec.presets():            # nothing is known about a file of the user's
-        fields: dict[str, list[str]] = {}
+        known: dict[str, list[str]] = {}
         for field, source in registry.provenance("models", spec.name).items():
-            fields.setdefault(source.status, []).append(field)
-        text += "\n\n" + "\n".join(f"{status}: {', '.join(names)}" for status, names in fields.items())
+            known.setdefault(source.status, []).append(field)
+        text += "\n\n" + "\n".join(f"{status}: {', '.join(names)}" for status, names in known.items())
     return data, f"{spec.name}\n{text}"
 
 
-def _layout(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of a ParallelPlan that options give."""
-    given = {"tp": args.tp, "pp": args.pp, "ep": args.ep, "cp": args.cp, "zero_stage": args.zero, "micro_batch": args.micro_batch,
-             "recompute": args.recompute, "n_chunks": args.chunks, "sequence_parallel": args.sequence_parallel or None}
-    return {field: value for field, value in given.items() if value is not None}
+def layout(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a ParallelPlan that options give; a flag that is not set gives none."""
+    given = {f.name: getattr(args, f.name, None) for f in fields(ParallelPlan)}
+    return {name: value for name, value in given.items() if value is not None and value is not False}
 
 
 def counted(args: argparse.Namespace, *names: str, least: float = 1) -> None:
@@ -67,8 +66,7 @@ def memory(args: argparse.Namespace) -> tuple[Any, str]:
     """Bytes on the fullest device, training or (--kv) serving."""
     counted(args, "context", "batch", "dp", "n_micro_batches")
     spec, device = ModelSpec.load(args.model), DeviceSpec.preset(args.device)
-    plan = ParallelPlan(dp=args.dp, n_micro_batches=args.n_micro_batches, **_layout(args))
-    context = args.context or spec.context
+    plan, context = ParallelPlan(**layout(args)), args.context or spec.context
     use = (gpt4lib.memory.serving(spec, plan, args.batch, context, args.dtype, args.kv_dtype) if args.kv
            else _estimator(args, spec).estimate(plan).memory)
     data, text = _bytes(use, device)
@@ -84,13 +82,13 @@ def train(args: argparse.Namespace) -> tuple[Any, str]:
     estimator = _estimator(args, ModelSpec.load(args.model))
     near = max(round(4e6 / estimator.seq_len), 1)
     batch = args.batch or (near - near % args.gpus if near > args.gpus else near)
-    if layout := _layout(args):
-        bare = ParallelPlan(dp=max(args.ep or 1, 1), **layout)
+    if given := layout(args):
+        bare = ParallelPlan(dp=max(args.ep or 1, 1), **given)
         dp = args.gpus // (bare.tp * bare.pp * bare.cp) // bare.ep * bare.ep
         if not dp:
             raise ValueError(f"the layout needs {bare.n_devices} devices, --gpus is {args.gpus}; lower one of the degrees")
         micros = max(round(batch / (dp * bare.micro_batch)), 1)
-        found = estimator.estimate(ParallelPlan(dp=dp, n_micro_batches=micros, **layout))
+        found = estimator.estimate(ParallelPlan(dp=dp, n_micro_batches=micros, **given))
     else:
         found = gpt4lib.planner.search(estimator, args.gpus, batch).best
     device, useful = estimator.cluster.device, 1.0

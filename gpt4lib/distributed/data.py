@@ -72,7 +72,7 @@ class Replicated(_Optimizer):
 
     def reduce(self) -> Tensor:
         """Finish the gradients; the squared norm of those this rank answers for."""
-        sum_partial([pair for flat in self.flats for pair in flat.partial_gradients()], self.groups)
+        sum_partial([(flat.pieces[s.name], flat.gradients[s.start:s.stop]) for flat in self.flats for s in flat.segments], self.groups)
         for flat in self.flats:
             flat.reduce()
         return sum(flat.norm_squared() for flat in self.flats)

@@ -106,9 +106,6 @@ class Flat:
                 mine, work = None, dist.all_reduce(self.gradients[a:b], group=self.group, async_op=True)
             self.works.append((work, mine))
 
-    def partial_gradients(self) -> list[tuple[Piece, Tensor]]:
-        return [(self.pieces[s.name], self.gradients[s.start:s.stop]) for s in self.segments]
-
     def reduce(self) -> None:
         """Start what is left, wait for all, and give the mean over replicas to the optimizer."""
         self._launch(force=True)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gpt4lib.cli import Parser, counted, options
+from gpt4lib.cli import Parser, counted, layout, options
 from gpt4lib.distributed import checkpoint, launch
 from gpt4lib.distributed.data import AdamW
 from gpt4lib.distributed.grid import ProcessGrid
@@ -56,10 +56,7 @@ def settle(args: argparse.Namespace, here: launch.Place) -> tuple[ModelSpec, Par
     if args.global_batch < 1 or args.global_batch % (args.micro_batch * dp):
         raise ValueError(f"global_batch={args.global_batch} is not divisible by micro_batch={args.micro_batch} x dp={dp}; "
                          f"change one")
-    plan = ParallelPlan(tp=args.tp, pp=args.pp, dp=dp, ep=args.ep, zero_stage=args.zero, shard=args.shard,
-                        micro_batch=args.micro_batch, n_micro_batches=args.global_batch // (args.micro_batch * dp),
-                        recompute=args.recompute, sequence_parallel=args.sequence_parallel, schedule=args.schedule,
-                        n_chunks=args.chunks)
+    plan = ParallelPlan(**layout(args) | {"dp": dp, "n_micro_batches": args.global_batch // (args.micro_batch * dp)})
     ProcessGrid.of(plan).check(here.world_size, here.per_node)
     check(spec, plan, args.seq_len)
     if args.hardware:

@@ -1,10 +1,9 @@
 """The statements of the notes as frozen records, and the figures they share."""
 
 import difflib
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
+from typing import Callable, Mapping, NamedTuple
 
 from gpt4lib.ledger.intervals import ANY, Interval, evaluate, names, rounding
 from gpt4lib.specs import registry

@@ -1,8 +1,7 @@
 """Which of the notes' figures can hold together: sets of relations, and the smallest conflict."""
 
-from collections.abc import Callable
 from itertools import combinations
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 from gpt4lib.ledger.claims import Figures, figures
 from gpt4lib.ledger.intervals import Interval, evaluate, overlaps

@@ -6,6 +6,7 @@ loading one can run any code.
 
 import json
 import re
+from dataclasses import astuple
 from itertools import chain, count
 from pathlib import Path
 from typing import Any, Iterator, Mapping, NamedTuple
@@ -26,6 +27,7 @@ IGNORED = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")        # b
 NAMES = registry.read("gpt4lib.nn", "checkpoint.toml")        # theirs -> ours
 FAMILIES = NAMES["families"]
 GELUS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
+# the fields of Llama3Rope in a config's words
 LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -197,7 +199,7 @@ def config_of(model: Transformer) -> dict[str, Any]:
                       layer_norm_epsilon=numerics.norm_eps, **({"multi_query": True} if family == "gpt_bigcode" else {}))
     else:
         family = "mixtral" if s.is_moe else "mistral" if s.window else "llama"
-        llama3 = {} if numerics.llama3 is None else {"rope_type": "llama3", **numerics.llama3.as_config()}
+        llama3 = {} if numerics.llama3 is None else {"rope_type": "llama3", **dict(zip(LLAMA3_KEYS, astuple(numerics.llama3)))}
         config = dict(intermediate_size=s.d_expert if s.is_moe else s.d_ff, hidden_act="silu", sliding_window=s.window,
                       rms_norm_eps=numerics.norm_eps,
                       rope_parameters={"rope_theta": numerics.rope_base, "rope_type": "default", **llama3})

@@ -30,12 +30,6 @@ class Llama3Rope:
         kept = ((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
         return rates * (kept + (1 - kept) / self.factor)
 
-    def as_config(self) -> dict[str, float]:
-        """In the words of a Hugging Face config."""
-        values = asdict(self)
-        values["original_max_position_embeddings"] = values.pop("original_context")
-        return values
-
 
 @dataclass(frozen=True)
 class Numerics:
