@@ -1,7 +1,6 @@
 """Every layout of a model on a cluster, ranked, and why the others lose."""
 
-from dataclasses import dataclass
-from typing import Iterator
+from typing import Iterator, NamedTuple
 
 from gpt4lib import format as fmt
 from gpt4lib.analysis.estimator import Estimator
@@ -54,8 +53,7 @@ def name(plan: ParallelPlan) -> str:
             + ("" if plan.recompute == "none" else f" recompute {plan.recompute}"))
 
 
-@dataclass(frozen=True)
-class Search:
+class Search(NamedTuple):
     """All layouts priced: those that fit, fastest first by tokens a second, and the rest, least over first."""
     estimator: Estimator
     fitting: list[Estimate]

@@ -1,6 +1,6 @@
 """How long training takes: from a utilisation, or from an estimate of one step that explains itself."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from gpt4lib import format as fmt
 from gpt4lib.analysis import efficiency as eff
@@ -31,8 +31,7 @@ def days(flop: float, n_devices: int, peak: float, utilisation: float) -> float:
     return seconds(flop, n_devices, peak, utilisation) / SECONDS_PER_DAY
 
 
-@dataclass(frozen=True, slots=True)
-class Estimate:
+class Estimate(NamedTuple):
     """One training step: seconds by term, bytes on the fullest device by part."""
     plan: ParallelPlan
     by_term: dict[str, float]

@@ -17,7 +17,7 @@ from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from statistics import mean, median
-from typing import Any, Iterable, Mapping
+from typing import Any, Iterable, Mapping, NamedTuple
 
 from gpt4lib.analysis import efficiency as eff
 from gpt4lib.analysis.estimator import Estimator
@@ -40,8 +40,7 @@ APART = " (below 5 % MFU)"
 DEEPSEEK = LatentAttention(kv_rank=512, rope_dim=64, nope_dim=128, v_dim=128, q_rank=1536)   # arXiv:2405.04434, section 3.1.2
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     """A row as an estimator understands it; where the layout is not fully published, the plans that may be meant."""
     spec: ModelSpec
     cluster: ClusterSpec

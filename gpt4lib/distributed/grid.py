@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple, TYPE_CHECKING
 
 from gpt4lib.specs import ModelSpec, ParallelPlan
 from gpt4lib.specs.checks import require, require_counts, require_known
@@ -74,8 +74,7 @@ class ProcessGrid:
         return list(members.values())
 
 
-@dataclass(frozen=True)
-class Groups:
+class Groups(NamedTuple):
     """What one rank talks through. None where it would be alone; the meshes are the same groups as PyTorch's DeviceMesh."""
     at: dict[str, int]
     grid: ProcessGrid

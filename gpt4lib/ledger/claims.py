@@ -15,8 +15,7 @@ _UNITS = {"day": ("s", 86400.0), "GB": ("bytes", 1e9), "TB": ("bytes", 1e12), "U
           "cent/ktoken": ("USD/token", 1e-5), "USD/ktoken": ("USD/token", 1e-3)}
 
 
-@dataclass(frozen=True)
-class Figure:
+class Figure(NamedTuple):
     """A stated value in SI units: as printed (`nominal`) and all it can stand for (`interval`)."""
 
     nominal: Interval
@@ -50,8 +49,7 @@ class Quantity:
     printed: str | None = None  # the unit word of the notes where it differs; "" where none
 
 
-@dataclass(frozen=True)
-class Reading:
+class Reading(NamedTuple):
     """Another way to take a claim: other expressions for, or another value of, its figures."""
 
     name: str
@@ -61,8 +59,7 @@ class Reading:
     subject: bool = False  # the figures are another model's
 
 
-@dataclass(frozen=True)
-class Implication:
+class Implication(NamedTuple):
     """Something that must also be true if the claim is; without band, limit, whole: shown only."""
 
     name: str

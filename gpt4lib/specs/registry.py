@@ -21,17 +21,13 @@ def read(package: str, file: str) -> dict[str, Any]:
     return tomllib.loads(resources.files(package).joinpath(file).read_text("utf8"))
 
 
-def _tables(kind: str) -> dict[str, dict[str, Any]]:
-    return read("gpt4lib.specs", f"presets/{kind}.toml")
-
-
 def names(kind: str) -> tuple[str, ...]:
     """The preset names of a kind ("models", "devices", "clusters"), in the order of the file."""
-    return tuple(_tables(kind))
+    return tuple(read("gpt4lib.specs", f"presets/{kind}.toml"))
 
 
 def _table(kind: str, name: str) -> dict[str, Any]:
-    tables = _tables(kind)
+    tables = read("gpt4lib.specs", f"presets/{kind}.toml")
     if name not in tables:
         raise ValueError(f"{kind.removesuffix('s')} {name!r} is not a preset; accepted: {', '.join(tables)}")
     return tables[name]
