@@ -72,7 +72,8 @@ class Replicated(_Optimizer):
 
     def reduce(self) -> Tensor:
         """Finish the gradients; the squared norm of those this rank answers for."""
-        sum_partial([(flat.pieces[s.name], flat.gradients[s.start:s.stop]) for flat in self.flats for s in flat.segments], self.groups)
+        gradients = [(flat.pieces[s.name], flat.gradients[s.start:s.stop]) for flat in self.flats for s in flat.segments]
+        sum_partial(gradients, self.groups)
         for flat in self.flats:
             flat.reduce()
         return sum(flat.norm_squared() for flat in self.flats)

@@ -23,7 +23,7 @@ from gpt4lib.distributed.trainer import StepResult, Trainer
 from gpt4lib.nn import data
 from gpt4lib.profiling import count_wire, forward_flop
 from gpt4lib.specs import DeviceSpec, ModelSpec, ParallelPlan
-from gpt4lib.specs.checks import positive, require_known
+from gpt4lib.specs.checks import positive, require, require_known
 
 # What is trained when nobody says what: GPT-4's shape as reported, at a size for one core.
 TOY = ModelSpec("toy", n_layers=4, d_model=64, n_heads=4, n_kv_heads=1, d_ff=128, vocab_size=256, context=256,
@@ -43,9 +43,8 @@ def settle(args: argparse.Namespace, here: launch.Place) -> tuple[ModelSpec, Par
     """What to train and how it is laid out; ValueError before any process group starts."""
     spec = TOY if args.model == "toy" else ModelSpec.load(args.model)
     require_known("dtype", args.dtype, DTYPES)
-    if args.device not in ("cpu", "cuda") or (args.device == "cuda" and torch.cuda.device_count() <= here.local_rank):
-        raise ValueError(f"--device {args.device} is not here for local rank {here.local_rank}; accepted: cpu, or cuda with a "
-                         f"GPU a process")
+    require(args.device == "cpu" or args.device == "cuda" and torch.cuda.device_count() > here.local_rank,
+            f"--device {args.device} is not here for local rank {here.local_rank}; accepted: cpu, or cuda with a GPU a process")
     counted(args, "dp", "micro_batch", "seq_len", "steps", "save_every", "timeout")
     counted(args, "warmup", "balance", least=0)
     for name in ("lr", "clip"):
@@ -53,9 +52,8 @@ def settle(args: argparse.Namespace, here: launch.Place) -> tuple[ModelSpec, Par
     if args.metrics and not Path(args.metrics).absolute().parent.is_dir():
         raise ValueError(f"--metrics {args.metrics}: its folder does not exist; make it first")
     dp = args.dp or max(here.world_size // max(args.tp * args.pp, 1), 1)
-    if args.global_batch < 1 or args.global_batch % (args.micro_batch * dp):
-        raise ValueError(f"global_batch={args.global_batch} is not divisible by micro_batch={args.micro_batch} x dp={dp}; "
-                         f"change one")
+    require(args.global_batch >= 1 and args.global_batch % (args.micro_batch * dp) == 0,
+            f"global_batch={args.global_batch} is not divisible by micro_batch={args.micro_batch} x dp={dp}; change one")
     plan = ParallelPlan(**layout(args) | {"dp": dp, "n_micro_batches": args.global_batch // (args.micro_batch * dp)})
     ProcessGrid.of(plan).check(here.world_size, here.per_node)
     check(spec, plan, args.seq_len)

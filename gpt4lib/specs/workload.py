@@ -45,8 +45,8 @@ class ParallelPlan:
             raise ValueError(f"sequence_parallel={self.sequence_parallel!r} is not accepted; give True or False")
         if self.dp % self.ep:
             raise ValueError(f"dp={self.dp} is not divisible by ep={self.ep}; experts are spread over data-parallel ranks")
-        sharded = type(self.shard) is int and self.shard >= 1 and self.dp % self.shard == 0 and self.zero_stage == 3 and self.ep == 1
-        if self.shard is not None and not sharded:
+        divides = type(self.shard) is int and self.shard >= 1 and self.dp % self.shard == 0
+        if self.shard is not None and not (divides and self.zero_stage == 3 and self.ep == 1):
             raise ValueError(f"shard={self.shard!r} is not accepted; give a divisor of dp={self.dp} with zero_stage 3 and ep 1")
 
     @property
