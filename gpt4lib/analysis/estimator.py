@@ -262,8 +262,6 @@ class Estimator:
                    self._replicas(plan, count, work * (1 + late)), "optimizer": stepped * (self.gradient_bytes + 26) / self.bandwidth,
                    "straggling": late * work, "fixed": k.step_seconds}
         again = {"none": 0, "selective": 0 if self.fused else self.score_flop, "full": self.layer_flop}[plan.recompute]
-        # A stage like the first holds less than it: no embedding, fewer micro-batches in flight.
-        judged = [end for end in ends if end[0] in (0, p - 1) or end[1] != ends[0][1]]
-        fullest = max((self._peak(plan, *end) for end in judged), key=lambda use: use.total)
+        fullest = max((self._peak(plan, *end) for end in ends), key=lambda use: use.total)
         return Estimate(plan, by_term, fullest, plan.global_batch * self.flop, plan.global_batch * (self.flop + again),
                         plan.n_devices * self.peak)

@@ -22,18 +22,11 @@ from typing import Any, Iterable, Mapping, NamedTuple
 from gpt4lib.analysis import efficiency as eff
 from gpt4lib.analysis.estimator import Estimator
 from gpt4lib.analysis.training import Estimate
-from gpt4lib.specs import DTYPE_BYTES, RECOMPUTE, ClusterSpec, LatentAttention, ModelSpec, ParallelPlan
+from gpt4lib.specs import DTYPE_BYTES, RECOMPUTE, ClusterSpec, LatentAttention, ModelSpec, ParallelPlan, registry
 from gpt4lib.specs.checks import require
 
-NUMBERS = ("n_layers", "d_model", "n_heads", "n_kv_heads", "vocab_size", "seq_len", "n_experts", "top_k", "n_devices",
-           "devices_per_node", "tp", "pp", "dp", "ep", "cp", "micro_batch", "global_batch")
-WORDS = ("d_ff", "gated_ffn", "device", "dtype", "recompute", "zero_stage", "quantity")
-LARGEST = {"n_layers": 10_000, "pp": 10_000}
-COLUMNS = (*NUMBERS, *WORDS, "value")
-QUANTITIES = ("iteration_seconds", "tokens_per_second_per_device", "model_tflops_per_device",
-              "hardware_tflops_per_device", "peak_memory_bytes")
-ACCEPTED = {"quantity": QUANTITIES, "recompute": ("", *RECOMPUTE), "gated_ffn": ("", "yes", "no"),
-            "zero_stage": ("", "0", "1", "2", "3", "hybrid")}
+NUMBERS, WORDS = registry.read("gpt4lib.analysis", "measured/columns.toml").values()
+COLUMNS, QUANTITIES = (*NUMBERS, *WORDS, "value"), WORDS["quantity"]
 FIGURES = ("median_abs_error", "mean_abs_error", "p90_abs_error", "bias")
 BADLY_SCALED = 0.05                  # a measured MFU below which a run is set apart
 APART = " (below 5 % MFU)"
@@ -104,8 +97,8 @@ def _row(path: str | Path, line: int, raw: Mapping[str, str]) -> dict[str, Any]:
     row = {"line": line, "problem": "", **{k: (v or "").strip() for k, v in raw.items() if isinstance(k, str)}}
     try:
         row |= {name: _number(name, row[name]) for name in (*NUMBERS, "value")}
-        for name, accepted in ACCEPTED.items():
-            if row[name] not in accepted:
+        for name, accepted in WORDS.items():
+            if accepted and row[name] not in accepted:
                 raise ValueError(f"column {name}: {row[name]!r} is not accepted; give {', '.join(filter(None, accepted))}")
         require(row["value"] is not None, "column value: empty; give the measured number")
     except ValueError as problem:
@@ -116,7 +109,8 @@ def _row(path: str | Path, line: int, raw: Mapping[str, str]) -> dict[str, Any]:
 def _number(name: str, text: str) -> float | int | None:
     if not text:
         return None
-    least, most = 0 if name in ("n_experts", "top_k") else 1, LARGEST.get(name, 10 ** 9)
+    limits = NUMBERS.get(name, {})
+    least, most = limits.get("least", 1), limits.get("most", 10 ** 9)
     try:
         number = float(text)
     except ValueError:

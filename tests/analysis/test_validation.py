@@ -9,7 +9,7 @@ import pytest
 
 from gpt4lib import validation as v
 from gpt4lib.analysis import efficiency
-from gpt4lib.specs import registry
+from gpt4lib.specs import RECOMPUTE, registry
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "gpt4lib" / "analysis" / "measured" / "training.csv"
@@ -95,6 +95,10 @@ def test_names_and_measured_values_change_nothing(rows, results):
             note = row["note"] if "interleav" in row["note"] else "x"
             bare = pricer.price({**row, "id": "x", "source": "x", "system": "x", "note": note, "value": 1.0})
             assert bare.predicted == known.predicted
+
+
+def test_the_table_of_columns_knows_every_recomputation():
+    assert v.WORDS["recompute"] == ["", *RECOMPUTE]
 
 
 @pytest.mark.parametrize("quantity", v.QUANTITIES)
