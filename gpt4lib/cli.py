@@ -4,11 +4,12 @@ import argparse
 import json
 import os
 import sys
+from dataclasses import asdict, fields
 from typing import Any, NoReturn, Sequence
 
-from gpt4lib import __version__
+import gpt4lib                                    # whose modules load on first use
 from gpt4lib import format as fmt
-from gpt4lib.specs.model import ModelSpec
+from gpt4lib.specs import ClusterSpec, DeviceSpec, ModelSpec, ParallelPlan, registry
 
 
 class Parser(argparse.ArgumentParser):
@@ -18,35 +19,26 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} (try: {self.prog} --help)")
 
 
-def _status(spec: ModelSpec) -> dict[str, str]:
-    """field -> status for a preset; nothing is known about a file of the user's."""
-    from gpt4lib.specs import registry
-    if spec.name not in registry.names("models"):
-        return {}
-    return {field: s.status for field, s in registry.provenance("models", spec.name).items()}
-
-
 def params(args: argparse.Namespace) -> tuple[Any, str]:
     """Exact parameter counts by part, total and active."""
-    from gpt4lib.analysis.parameters import parameters
     spec = ModelSpec.load(args.model)
-    count = parameters(spec)
+    count = gpt4lib.parameters(spec)
     data = {"model": spec.name, "total": count.total, "active": count.active, "by_part": count.by_part}
     rows = [(part.replace("_", " "), f"{n:,}", fmt.percent(n / count.total)) for part, n in count.by_part.items() if n]
     rows += [("total", f"{count.total:,}", fmt.count(count.total)), ("active", f"{count.active:,}", fmt.count(count.active))]
     text = fmt.table(rows, ("part", "parameters", "share"), right=(1, 2))
-    status = _status(spec)
-    if status:
-        kinds = {s: [f for f, t in status.items() if t == s] for s in dict.fromkeys(status.values())}
-        text += "\n\n" + "\n".join(f"{kind}: {', '.join(fields)}" for kind, fields in kinds.items())
+    if spec.name in ModelSpec.presets():            # nothing is known about a file of the user's
+        known: dict[str, list[str]] = {}
+        for field, source in registry.provenance("models", spec.name).items():
+            known.setdefault(source.status, []).append(field)
+        text += "\n\n" + "\n".join(f"{status}: {', '.join(names)}" for status, names in known.items())
     return data, f"{spec.name}\n{text}"
 
 
-def _plan(args: argparse.Namespace, **more: int) -> Any:
-    from gpt4lib.specs.workload import ParallelPlan
-    given = {"tp": args.tp, "pp": args.pp, "ep": args.ep, "cp": args.cp, "zero_stage": args.zero, "micro_batch": args.micro_batch,
-             "recompute": args.recompute, "n_chunks": args.chunks}
-    return ParallelPlan(sequence_parallel=args.sequence_parallel, **more, **{k: v for k, v in given.items() if v is not None})
+def layout(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a ParallelPlan that options give; a flag that is not set gives none."""
+    given = {f.name: getattr(args, f.name, None) for f in fields(ParallelPlan)}
+    return {name: value for name, value in given.items() if value is not None and value is not False}
 
 
 def counted(args: argparse.Namespace, *names: str, least: float = 1) -> None:
@@ -58,14 +50,12 @@ def counted(args: argparse.Namespace, *names: str, least: float = 1) -> None:
 
 
 def _estimator(args: argparse.Namespace, spec: ModelSpec) -> Any:
-    from gpt4lib.analysis.estimator import Estimator
-    from gpt4lib.specs.hardware import ClusterSpec, DeviceSpec
     DeviceSpec.preset(args.device)
     context = spec.context if args.context is None else args.context
-    return Estimator(spec, ClusterSpec.around(args.device), context, args.dtype, args.gradient_dtype)
+    return gpt4lib.Estimator(spec, ClusterSpec.around(args.device), context, args.dtype, args.gradient_dtype)
 
 
-def _bytes(use: Any, device: Any) -> tuple[dict[str, float], str]:
+def _bytes(use: Any, device: DeviceSpec) -> tuple[dict[str, float], str]:
     data = {**use.by_part, "total": use.total}
     rows = [(part.replace("_", " "), fmt.bytes_si(n), fmt.bytes_iec(n)) for part, n in data.items()]
     verdict = "fits in" if use.fits(device) else "does not fit in"
@@ -74,12 +64,10 @@ def _bytes(use: Any, device: Any) -> tuple[dict[str, float], str]:
 
 def memory(args: argparse.Namespace) -> tuple[Any, str]:
     """Bytes on the fullest device, training or (--kv) serving."""
-    from gpt4lib.analysis import memory as m
     counted(args, "context", "batch", "dp", "n_micro_batches")
-    from gpt4lib.specs.hardware import DeviceSpec
     spec, device = ModelSpec.load(args.model), DeviceSpec.preset(args.device)
-    plan, context = _plan(args, dp=args.dp, n_micro_batches=args.n_micro_batches), args.context or spec.context
-    use = (m.serving(spec, plan, args.batch, context, args.dtype, args.kv_dtype) if args.kv
+    plan, context = ParallelPlan(**layout(args)), args.context or spec.context
+    use = (gpt4lib.memory.serving(spec, plan, args.batch, context, args.dtype, args.kv_dtype) if args.kv
            else _estimator(args, spec).estimate(plan).memory)
     data, text = _bytes(use, device)
     what = f"serving {args.batch} x {context} tokens" if args.kv else f"training on {context} tokens a sequence"
@@ -89,45 +77,40 @@ def memory(args: argparse.Namespace) -> tuple[Any, str]:
 
 def train(args: argparse.Namespace) -> tuple[Any, str]:
     """Time, money and memory of a training run, under a given layout or the best one."""
-    from dataclasses import asdict
-    from gpt4lib.analysis import cost, planner
-    from gpt4lib.analysis.training import SECONDS_PER_DAY
     counted(args, "context", "batch", "gpus", "tokens")
     counted(args, "price", "mtbf", "checkpoint_seconds", "restart_seconds", least=1e-9)
     estimator = _estimator(args, ModelSpec.load(args.model))
     near = max(round(4e6 / estimator.seq_len), 1)
     batch = args.batch or (near - near % args.gpus if near > args.gpus else near)
-    laid_out = (args.tp, args.pp, args.ep, args.cp, args.zero, args.micro_batch, args.recompute, args.chunks)
-    if args.sequence_parallel or any(given is not None for given in laid_out):
-        bare = _plan(args, dp=max(args.ep or 1, 1))
+    if given := layout(args):
+        bare = ParallelPlan(dp=max(args.ep or 1, 1), **given)
         dp = args.gpus // (bare.tp * bare.pp * bare.cp) // bare.ep * bare.ep
         if not dp:
             raise ValueError(f"the layout needs {bare.n_devices} devices, --gpus is {args.gpus}; lower one of the degrees")
-        plan = _plan(args, dp=dp, n_micro_batches=max(round(batch / (dp * bare.micro_batch)), 1))
-        found = estimator.estimate(plan)
+        micros = max(round(batch / (dp * bare.micro_batch)), 1)
+        found = estimator.estimate(ParallelPlan(dp=dp, n_micro_batches=micros, **given))
     else:
-        found = planner.search(estimator, args.gpus, batch).best
+        found = gpt4lib.planner.search(estimator, args.gpus, batch).best
     device, useful = estimator.cluster.device, 1.0
     if args.mtbf:
-        useful = cost.goodput(found.plan.n_devices, args.mtbf, args.checkpoint_seconds, args.restart_seconds).fraction
-    run = cost.run(found.plan.n_devices, found.step_seconds, found.plan.global_batch * estimator.seq_len, args.tokens,
-                   args.price, device.power_watts, useful)
-    steps = args.tokens / (found.plan.global_batch * estimator.seq_len)
+        useful = gpt4lib.cost.goodput(found.plan.n_devices, args.mtbf, args.checkpoint_seconds, args.restart_seconds).fraction
+    tokens_per_step = found.plan.global_batch * estimator.seq_len
+    run = gpt4lib.cost.run(found.plan.n_devices, found.step_seconds, tokens_per_step, args.tokens, args.price,
+                           device.power_watts, useful)
     used, table = _bytes(found.memory, device)
-    data = {"flop": steps * found.flop, "mfu": found.mfu, "hfu": found.hfu, "step_seconds": found.step_seconds,
-            "days": run.seconds / SECONDS_PER_DAY, "gpu_hours": run.device_hours, "dollars": run.dollars, "joules": run.joules,
-            "goodput": useful, "plan": asdict(found.plan), "memory": {**used, "fits": found.memory.fits(device)},
-            "by_term": found.by_term}
+    data = {"flop": args.tokens / tokens_per_step * found.flop, "mfu": found.mfu, "hfu": found.hfu,
+            "step_seconds": found.step_seconds, "days": run.seconds / gpt4lib.training.SECONDS_PER_DAY,
+            "gpu_hours": run.device_hours, "dollars": run.dollars, "joules": run.joules, "goodput": useful,
+            "plan": asdict(found.plan), "memory": {**used, "fits": found.memory.fits(device)}, "by_term": found.by_term}
     return data, (f"{estimator.spec.name} on {fmt.count(args.tokens)} tokens, {found.plan.n_devices} x {args.device}, "
-                  f"{planner.name(found.plan)}\n{fmt.seconds(run.seconds)}, {fmt.count(run.device_hours)} GPU-hours, "
+                  f"{gpt4lib.planner.name(found.plan)}\n{fmt.seconds(run.seconds)}, {fmt.count(run.device_hours)} GPU-hours, "
                   f"{fmt.dollars(run.dollars)} at ${args.price:g}, {run.joules / 3.6e12:,.3g} GWh, goodput {fmt.percent(useful)}\n\n"
                   f"{found.explain()}\n{table.splitlines()[-1]}")
 
 
 def plan(args: argparse.Namespace) -> tuple[Any, str]:
     """The best layouts, and why each of the others loses."""
-    from dataclasses import asdict
-    from gpt4lib.analysis import planner
+    planner = gpt4lib.planner
     counted(args, "context", "batch", "gpus", "top")
     estimator = _estimator(args, ModelSpec.load(args.model))
     found = planner.search(estimator, args.gpus, args.batch)
@@ -147,7 +130,7 @@ def plan(args: argparse.Namespace) -> tuple[Any, str]:
 
 def validate(args: argparse.Namespace) -> tuple[Any, str]:
     """Predictions beside published measurements."""
-    from gpt4lib.analysis import validation as v
+    v = gpt4lib.validation
     rows, pricer = v.read(args.file), v.Pricer()
     results = [pricer.price(row) for row in rows]
     args.problems = [row["problem"] for row in rows if row["problem"]]
@@ -163,8 +146,7 @@ def validate(args: argparse.Namespace) -> tuple[Any, str]:
                 {"unpriced": r.unpriced} if r.unpriced else
                 {"predicted": r.predicted, "error": r.error, "bound_by": r.bound_by, "fitted": r.fitted})} for r in results]}
     percent = lambda x: "" if x is None else fmt.percent(x)                                     # noqa: E731
-    line = lambda name, s: (name, *(s.get(k, "") for k in ("n", "priced")), *(percent(s.get(k)) for k in (    # noqa: E731
-        "median_abs_error", "mean_abs_error", "p90_abs_error", "bias")))
+    line = lambda name, s: (name, *(s.get(k, "") for k in ("n", "priced")), *(percent(s.get(k)) for k in v.FIGURES))  # noqa: E731
     table = [line(f"{source[:60]}, {group.split('_')[0]}", s) for group, found in groups.items()
              for source, s in v.by_source(found).items()]
     table += [line(f"average of sources: {name}", s) for name, s in told.items()] + [line("every row", data["overall"])]
@@ -177,67 +159,32 @@ def validate(args: argparse.Namespace) -> tuple[Any, str]:
 
 def claims(args: argparse.Namespace) -> tuple[Any, str]:
     """The claims of the notes, recomputed and judged."""
-    from gpt4lib import ledger
-    if args.id is None:
-        found = ledger.load()
-        return [ledger.as_json(c) for c in found], ledger.table(found)
-    one = ledger.claim(args.id)
-    return [ledger.as_json(one)], ledger.detail(one)
+    ledger = gpt4lib.ledger
+    found = ledger.load() if args.id is None else [ledger.claim(args.id)]
+    return [ledger.as_json(c) for c in found], ledger.table(found) if args.id is None else ledger.detail(*found)
+
+
+# What each command does, and the groups of options.toml it takes.
+COMMANDS = {params: "model", memory: "model machine layout memory", train: "model machine layout train",
+            plan: "model machine plan", validate: "validate", claims: "claims"}
+
+
+def options(parser: Parser, groups: str) -> None:
+    """Add the options that these groups of options.toml hold."""
+    for group in groups.split():
+        for flag, words in registry.read("gpt4lib", "options.toml")[group].items():
+            kind = {"type": {"int": int, "float": float}[words["type"]]} if "type" in words else {}
+            parser.add_argument(flag, **words | kind)
 
 
 def build() -> Parser:
     parser = Parser(prog="gpt4lib", description="What a GPT-4-class model costs: predicted from its description.")
-    parser.add_argument("--version", action="version", version=f"gpt4lib {__version__}")
+    parser.add_argument("--version", action="version", version=f"gpt4lib {gpt4lib.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
-
-    def command(run, name):
-        sub = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
-        sub.set_defaults(run=run)
-        sub.add_argument("--json", action="store_true", help="machine-readable output, SI units")
-        return sub
-
-    model = dict(metavar="MODEL", help="a preset (gpt-4, llama-3.1-8b, ...) or the path of a config.json")
-    command(params, "params").add_argument("model", **model)
-    def trained(run, name):
-        sub = command(run, name)
-        sub.add_argument("model", **model)
-        sub.add_argument("--device", default="a100-80gb", help="a device preset (default: %(default)s)")
-        sub.add_argument("--context", type=int, help="tokens a sequence (default: the model's context)")
-        sub.add_argument("--dtype", default="bf16", help="of the weights (default: bf16)")
-        sub.add_argument("--gradient-dtype", default="fp32", help="of the sum of gradients (default: fp32)")
-        return sub
-
-    def laid_out(sub):
-        for flag, text in (("tp", "tensor"), ("pp", "pipeline"), ("ep", "expert"), ("cp", "context")):
-            sub.add_argument(f"--{flag}", type=int, help=f"{text} parallel degree (default: 1)")
-        sub.add_argument("--zero", type=int, help="ZeRO stage 0-3 (default: 0)")
-        sub.add_argument("--micro-batch", type=int, help="sequences a micro-batch (default: 1)")
-        sub.add_argument("--chunks", type=int, help="slices of the model a stage owns, interleaved (default: 1)")
-        sub.add_argument("--recompute", help="none, selective or full (default: none)")
-        sub.add_argument("--sequence-parallel", action="store_true", help="also split what tensor parallelism replicates")
-
-    sub = trained(memory, "memory")
-    laid_out(sub)
-    sub.add_argument("--dp", type=int, default=1, help="data parallel degree (default: 1)")
-    sub.add_argument("--n-micro-batches", type=int, default=1, help="micro-batches a step (default: 1)")
-    sub.add_argument("--kv", action="store_true", help="serving: weights and KV cache instead of training state")
-    sub.add_argument("--kv-dtype", default="bf16", help="of the KV cache (default: bf16)")
-    sub.add_argument("--batch", type=int, default=1, help="sequences served together (default: 1)")
-    sub = trained(train, "train")
-    laid_out(sub)
-    sub.add_argument("--gpus", type=int, required=True, help="devices")
-    sub.add_argument("--tokens", type=float, required=True, help="tokens to train on, e.g. 13e12")
-    sub.add_argument("--batch", type=int, help="sequences a step (default: about 4 million tokens)")
-    sub.add_argument("--price", type=float, default=1.0, help="dollars a device-hour (default: 1)")
-    sub.add_argument("--mtbf", type=float, help="device-hours between failures (default: none fails)")
-    sub.add_argument("--checkpoint-seconds", type=float, default=60, help="a checkpoint holds the run up for (default: 60)")
-    sub.add_argument("--restart-seconds", type=float, default=600, help="a restart takes (default: 600)")
-    sub = trained(plan, "plan")
-    sub.add_argument("--gpus", type=int, required=True, help="devices")
-    sub.add_argument("--batch", type=int, required=True, help="sequences a step")
-    sub.add_argument("--top", type=int, default=5, help="layouts to show (default: 5)")
-    command(validate, "validate").add_argument("file", metavar="FILE", help="a CSV file of measured rows")
-    command(claims, "claims").add_argument("id", nargs="?", metavar="ID", help="one claim, e.g. A8 (default: all)")
+    for run, groups in COMMANDS.items():
+        command = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
+        command.set_defaults(run=run)
+        options(command, f"every {groups}")
     return parser
 
 

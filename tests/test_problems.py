@@ -2,7 +2,11 @@
 
 import pytest
 
-from gpt4lib.problems import PROBLEMS, check
+from gpt4lib.problems import EXPECTED, PROBLEMS, check
+
+
+def test_every_hint_has_its_answer():
+    assert list(PROBLEMS) == list(EXPECTED)
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)

@@ -3,6 +3,8 @@
 import math
 from typing import NamedTuple
 
+from gpt4lib.specs.checks import positive, require
+
 
 def device_hours(n_devices, seconds):
     """Hours of one device: what clouds bill."""
@@ -45,15 +47,13 @@ def goodput(n_devices: int, device_hours_between_failures: float, checkpoint_sec
     of the optimum checkpoint interval for restart dumps", equations 13 and 20.
     """
     for name, value in (("n_devices", n_devices), ("device_hours_between_failures", device_hours_between_failures),
-                        ("checkpoint_seconds", checkpoint_seconds), ("interval_seconds", interval_seconds or 1)):
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name}={value!r} is not accepted; give a positive number")
-    if not 0 <= restart_seconds < math.inf or interval_seconds == 0:
-        raise ValueError(f"restart_seconds={restart_seconds!r}, interval_seconds={interval_seconds!r} are not accepted; "
-                         f"give seconds, of which an interval has some")
+                        ("checkpoint_seconds", checkpoint_seconds)):
+        positive(name, value)
+    require(0 <= restart_seconds < math.inf, f"restart_seconds={restart_seconds!r} is not accepted; give a number of seconds")
     between, d = 3600 * device_hours_between_failures / n_devices, checkpoint_seconds
     if interval_seconds is None:
         interval_seconds = math.sqrt(2 * d * between) - d if d < between / 2 else between
+    positive("interval_seconds", interval_seconds)
     if (restart_seconds + interval_seconds + d) / between > 50:
         raise ValueError(f"a failure every {between:.3g} s leaves no time to restart and checkpoint; "
                          f"device_hours_between_failures={device_hours_between_failures!r} is too low for {n_devices} devices")
@@ -72,7 +72,6 @@ class Run(NamedTuple):
 def run(n_devices: int, step_seconds: float, tokens_per_step: float, tokens: float, dollars_per_device_hour: float,
         watts: float, useful: float = 1.0) -> Run:
     """A run over `tokens`, of whose wall time the share `useful` is goodput."""
-    if not 0 < useful <= 1:
-        raise ValueError(f"useful={useful!r} is not accepted; give a fraction above 0 and up to 1")
+    require(0 < useful <= 1, f"useful={useful!r} is not accepted; give a fraction above 0 and up to 1")
     total = tokens / tokens_per_step * step_seconds / useful
     return Run(total, hours := device_hours(n_devices, total), hours * dollars_per_device_hour, joules(n_devices, total, watts))

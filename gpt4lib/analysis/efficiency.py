@@ -4,13 +4,11 @@ They are fitted, once, by `tools/fit_efficiency.py` to the half of the published
 `validation.is_fitted` picks; `efficiency.toml` holds them with the errors on the other half.
 """
 
-import tomllib
 from dataclasses import dataclass, field
 from functools import lru_cache
-from importlib import resources
 from typing import Mapping
 
-from gpt4lib.specs.hardware import DeviceSpec
+from gpt4lib.specs import DeviceSpec, registry
 
 
 @dataclass(frozen=True)
@@ -41,18 +39,14 @@ class Efficiency:
 
 
 @lru_cache(maxsize=None)
-def _table() -> dict:
-    return tomllib.loads(resources.files("gpt4lib.analysis").joinpath("efficiency.toml").read_text("utf8"))
-
-
-@lru_cache(maxsize=None)
 def fitted() -> Efficiency:
     """The constants of `efficiency.toml`."""
-    table = _table()
+    table = registry.read("gpt4lib.analysis", "efficiency.toml")
     return Efficiency(matmul=table["matmul"], attention=table["attention"], **table["constants"])
 
 
 def error(quantity: str) -> tuple[float, float]:
     """What half, and nine tenths, of the errors of "step" or "memory" stay within, on rows that were not fitted: every
     document weighs the same, and runs below 5 % MFU, which are far off, are left out."""
-    return _table()["error"][f"{quantity}_median"], _table()["error"][f"{quantity}_p90"]
+    errors = registry.read("gpt4lib.analysis", "efficiency.toml")["error"]
+    return errors[f"{quantity}_median"], errors[f"{quantity}_p90"]

@@ -14,6 +14,7 @@ from gpt4lib.analysis import efficiency as eff
 from gpt4lib.analysis import flops, memory, operators, pipeline
 from gpt4lib.analysis.training import Estimate
 from gpt4lib.specs import ClusterSpec, ModelSpec, ParallelPlan, dtype_bytes
+from gpt4lib.specs.checks import require
 
 TRAINED_IN = ("bf16", "fp16", "fp8")
 LOSS_BYTES = 54          # a logit is written, cast, compared, shifted, exponentiated, summed, divided, and back again
@@ -49,11 +50,9 @@ class Estimator:
     def __init__(self, spec: ModelSpec, cluster: ClusterSpec, seq_len: int, dtype: str = "bf16", gradient_dtype: str = "fp32",
                  *, fused: bool = True, two_gradients: bool = False, causal: bool = True,
                  efficiency: eff.Efficiency | None = None) -> None:
-        if type(seq_len) is not int or seq_len < 1:
-            raise ValueError(f"seq_len={seq_len!r} is not accepted; give a number of tokens >= 1")
+        require(type(seq_len) is int and seq_len >= 1, f"seq_len={seq_len!r} is not accepted; give a number of tokens >= 1")
         for what, given, accepted in (("dtype", dtype, TRAINED_IN), ("gradient_dtype", gradient_dtype, ("fp32", "bf16", "fp16"))):
-            if given not in accepted:
-                raise ValueError(f"{what} {given!r} is not accepted for training; give {', '.join(accepted)}")
+            require(given in accepted, f"{what} {given!r} is not accepted for training; give {', '.join(accepted)}")
         if spec.positions == "learned" and seq_len > spec.context + spec.position_offset:
             raise ValueError(f"seq_len={seq_len} is more than the {spec.context} positions of {spec.name}")
         k, device = efficiency or eff.fitted(), cluster.device
@@ -71,10 +70,9 @@ class Estimator:
         self._cache: dict[tuple, object] = {}
 
     def _once(self, key: tuple, make, *args):
-        found = self._cache.get(key)
-        if found is None:
-            found = self._cache[key] = make(*args)
-        return found
+        if key not in self._cache:
+            self._cache[key] = make(*args)
+        return self._cache[key]
 
     def collective(self, passes: int, size: float, n: int, stride: int) -> float:
         """Seconds of a ring that moves `size` bytes `passes` times: 1 to gather or scatter, 2 to sum.
@@ -140,9 +138,6 @@ class Estimator:
         kinds = Counter((spec.layer_kinds[i], spec.is_moe_layer(i)) for i in plan.layers_of(spec.n_layers, stage))
         return tuple(sorted((*kind, n) for kind, n in kinds.items()))
 
-    def _stages(self, plan: ParallelPlan) -> list[tuple]:
-        return [self._held(plan, stage) for stage in range(plan.pp)]
-
     def _send(self, plan: ParallelPlan) -> float:
         """A micro-batch's hidden states to the next stage and gradients back, each rank its share."""
         if plan.pp == 1:
@@ -155,7 +150,7 @@ class Estimator:
 
     def _micro_batch(self, plan: ParallelPlan) -> tuple[Terms, float, float]:
         """(terms of the slowest stage, its seconds, seconds of all stages together) for one micro-batch."""
-        stages = self._once(("stages", plan.pp, plan.n_chunks), self._stages, plan)
+        stages = self._once(("stages", plan.pp, plan.n_chunks), lambda: [self._held(plan, stage) for stage in range(plan.pp)])
         key = (plan.tp, plan.cp, plan.ep, plan.micro_batch, plan.recompute, plan.sequence_parallel)
         head, found, total = self._once(("head", *key), self._head, plan), [], 0.0
         for held, times in Counter(stages).items():
@@ -176,20 +171,18 @@ class Estimator:
                 seconds, slowest = even, Terms(*(t * even / seconds for t in slowest))
         return slowest, seconds, total
 
-    def _parameters(self, plan: ParallelPlan, stage: int) -> tuple[dict[str, int], float]:
-        count = memory.stage_parameters(self.spec, plan, stage)
-        apart = count["experts"] if plan.ep > 1 else 0
-        layers = sum(count.values()) - count["embedding"] - count["head"]
-        return {"rest": sum(count.values()) - apart, "experts": apart}, max(
-            count["embedding"], count["head"], layers / len(plan.layers_of(self.spec.n_layers, stage)))
-
     def _ends(self, plan: ParallelPlan) -> list[tuple[int, tuple, dict[str, int], float]]:
         """Stages worth looking at, with layers, parameters and largest gathered piece: those that differ, the first, the last."""
         plan.check(self.spec)
         if self.seq_len % plan.cp:
             raise ValueError(f"seq_len={self.seq_len} is not divisible by cp={plan.cp}; choose a cp that divides it")
-        return [(stage, self._held(plan, stage), *self._parameters(plan, stage))
-                for stage in memory.distinct_stages(self.spec, plan)]
+        ends = []
+        for stage in memory.distinct_stages(self.spec, plan):
+            held, count = self._held(plan, stage), memory.stage_parameters(self.spec, plan, stage)
+            total, apart = sum(count.values()), count["experts"] if plan.ep > 1 else 0
+            layer = (total - count["embedding"] - count["head"]) / sum(n for *_, n in held)
+            ends.append((stage, held, {"rest": total - apart, "experts": apart}, max(count["embedding"], count["head"], layer)))
+        return ends
 
     def _replicas(self, plan: ParallelPlan, count: dict[str, int], work: float) -> float:
         """What the gradients' way over the replicas adds to a step: all of it at stages 0 and 1, when it comes after the last
@@ -240,9 +233,8 @@ class Estimator:
         spec = self.spec
         layer = next(i for i in range(spec.n_layers) if (spec.layer_kinds[i], spec.is_moe_layer(i)) == (kind, moe))
         bare = ParallelPlan(tp=plan.tp, cp=plan.cp, micro_batch=plan.micro_batch, sequence_parallel=plan.sequence_parallel)
-        old = not self.fused
-        size = lambda p: memory.layer_activation_bytes(spec, p, self.seq_len, layer, dropout=old, fused=self.fused)   # noqa: E731
-        return size(plan), size(bare)
+        return tuple(memory.layer_activation_bytes(spec, p, self.seq_len, layer, dropout=not self.fused, fused=self.fused)
+                     for p in (plan, bare))
 
     def memory_by_stage(self, plan: ParallelPlan) -> dict[int, memory.MemoryUse]:
         """What a device of each pipeline stage holds at its fullest moment; of stages alike, the first."""
@@ -269,11 +261,7 @@ class Estimator:
         by_term = {**{name: m * t for name, t in zip(Terms._fields, terms)}, "sends": m * send, "bubble": bubble, "replicas":
                    self._replicas(plan, count, work * (1 + late)), "optimizer": stepped * (self.gradient_bytes + 26) / self.bandwidth,
                    "straggling": late * work, "fixed": k.step_seconds}
-        sequences = plan.global_batch
-        again_flop = self.layer_flop if plan.recompute == "full" else (
-            self.score_flop if plan.recompute == "selective" and not self.fused else 0)
-        # A stage like the first holds less than it: no embedding, fewer micro-batches in flight.
-        judged = [end for end in ends if end[0] in (0, p - 1) or end[1] != ends[0][1]]
-        fullest = max((self._peak(plan, *end) for end in judged), key=lambda use: use.total)
-        return Estimate(plan, by_term, fullest, sequences * self.flop, sequences * (self.flop + again_flop),
+        again = {"none": 0, "selective": 0 if self.fused else self.score_flop, "full": self.layer_flop}[plan.recompute]
+        fullest = max((self._peak(plan, *end) for end in ends), key=lambda use: use.total)
+        return Estimate(plan, by_term, fullest, plan.global_batch * self.flop, plan.global_batch * (self.flop + again),
                         plan.n_devices * self.peak)

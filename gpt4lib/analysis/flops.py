@@ -6,15 +6,14 @@ for its router, its shared experts and top_k routed ones, never for all. A backw
 the forward (`backward`).
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from gpt4lib.analysis.elementwise import least, most
-from gpt4lib.analysis.parameters import parameters
+from gpt4lib.analysis.parameters import parameters, projections
 from gpt4lib.specs.model import ModelSpec
 
 
-@dataclass(frozen=True)
-class FlopCount:
+class FlopCount(NamedTuple):
     """FLOP by part. Scores are apart from attention's projections: only they grow with context."""
     total: int
     by_part: dict[str, int]
@@ -37,26 +36,19 @@ def pairs(n_tokens, context, causal: bool, window: int | None = None):
 
 def mixing(spec: ModelSpec, kind: str, n, context, causal: bool, absorbed: bool) -> tuple[int, int]:
     """(projections, scores) of one layer for one sequence."""
-    d, h = spec.d_model, spec.n_heads
+    m, once = spec.latent, 2 * n * sum(n_in * n_out for n_in, n_out, _ in projections(spec, kind))
     if kind == "linear":
         lin = spec.linear
         keys, values = lin.n_key_heads * lin.key_dim, lin.n_value_heads * lin.value_dim
-        projections = d * (2 * keys + 2 * values + 2 * lin.n_value_heads) + values * d
-        state = 3 * lin.n_value_heads * lin.key_dim * lin.value_dim     # read, correct, query
-        return 2 * n * projections, 2 * n * (state + lin.conv_kernel * (2 * keys + values))
+        state = 3 * lin.key_dim * values                                # read, correct, query
+        return once, 2 * n * (state + lin.conv_kernel * (2 * keys + values))
     seen = pairs(n, context, causal, spec.window if kind == "window" else None)
-    if spec.latent is None:
-        q, kv = spec.q_width, spec.kv_width
-        projections = 2 * n * (d * q * (2 if spec.attention_gate else 1) + 2 * d * kv + q * d)
-        return projections, 2 * seen * q * (3 if spec.positions == "relative" else 2)
-    m = spec.latent
-    width = h * (m.nope_dim + m.rope_dim)
-    query = d * width if m.q_rank is None else d * m.q_rank + m.q_rank * width
-    own = query + d * (m.kv_rank + m.rope_dim) + h * m.v_dim * d
-    up = m.kv_rank * h * (m.nope_dim + m.v_dim)
+    if m is None:
+        return once, 2 * seen * spec.q_width * (3 if spec.positions == "relative" else 2)
     if absorbed:                           # the up-projection moves to the queries and the output
-        return 2 * n * (own + up), 2 * seen * h * (2 * m.kv_rank + m.rope_dim)
-    return 2 * (n * own + (n + context) * up), 2 * seen * (width + h * m.v_dim)
+        return once, 2 * seen * spec.n_heads * (2 * m.kv_rank + m.rope_dim)
+    up = m.kv_rank * spec.n_heads * (m.nope_dim + m.v_dim)              # again for every cached token
+    return once + 2 * context * up, 2 * seen * spec.n_heads * (m.nope_dim + m.rope_dim + m.v_dim)
 
 
 def forward(spec: ModelSpec, batch, n_tokens, *, causal: bool, context=0, absorbed: bool = False) -> FlopCount:

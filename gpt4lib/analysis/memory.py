@@ -1,7 +1,7 @@
 """How many bytes: weights, KV cache, and what one device holds while training or serving."""
 
-from dataclasses import dataclass, replace
-from typing import Callable
+from dataclasses import replace
+from typing import Callable, NamedTuple
 
 from gpt4lib.analysis.elementwise import least
 from gpt4lib.analysis.parameters import linear, parameters
@@ -48,8 +48,7 @@ def linear_state_bytes(spec: ModelSpec, batch, dtype: str = "fp32", tp: int = 1)
     return batch * spec.layer_kinds.count("linear") * state // tp * dtype_bytes(dtype)
 
 
-@dataclass(frozen=True)
-class MemoryUse:
+class MemoryUse(NamedTuple):
     """Bytes on the fullest device, by part."""
     by_part: dict[str, float]
 

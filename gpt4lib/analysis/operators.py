@@ -3,14 +3,15 @@
 from typing import Iterator, NamedTuple
 
 from gpt4lib.analysis import flops
+from gpt4lib.analysis.parameters import block, projections
 from gpt4lib.specs import ModelSpec, ParallelPlan
 
 
 class Product(NamedTuple):
     """A family of matrix products: `uses` rows a token through matrices of n_in x n_out, `copies` of which are held."""
-    uses: float
-    n_in: float
-    n_out: float
+    uses: int
+    n_in: int
+    n_out: int
     copies: float = 1
 
 
@@ -19,34 +20,18 @@ def products(spec: ModelSpec, kind: str, moe: bool, tp: int = 1, ep: int = 1) ->
 
     Embeddings, scores and biases apart; with tp = ep = 1 these are the layer's matrices in full.
     """
-    d, m = spec.d_model, spec.latent
-    if kind == "linear":
-        lin = spec.linear
-        keys, values = lin.n_key_heads * lin.key_dim, lin.n_value_heads * lin.value_dim
-        yield Product(1, d, (2 * keys + 2 * values + 2 * lin.n_value_heads) / tp)
-        yield Product(1, values / tp, d)
-    elif m is None:
-        kv = max(spec.n_kv_heads / tp, 1) * spec.head_dim
-        yield Product(1, d, spec.q_width * (2 if spec.attention_gate else 1) / tp + 2 * kv)
-        yield Product(1, spec.q_width / tp, d)
-    else:
-        heads = spec.n_heads / tp
-        width = heads * (m.nope_dim + m.rope_dim)
-        yield from [Product(1, d, width)] if m.q_rank is None else [Product(1, d, m.q_rank), Product(1, m.q_rank, width)]
-        yield Product(1, d, m.kv_rank + m.rope_dim)
-        yield Product(1, m.kv_rank, heads * (m.nope_dim + m.v_dim))
-        yield Product(1, heads * m.v_dim, d)
-    ups = 2 if spec.gated_ffn else 1
+    d = spec.d_model
+    for n_in, n_out, _ in projections(spec, kind, tp):
+        yield Product(1, n_in, n_out)
     if moe:
         yield Product(1, d, spec.n_experts)
-        yield Product(spec.top_k, d, ups * spec.d_expert / tp, spec.n_experts / ep)
-        yield Product(spec.top_k, spec.d_expert / tp, d, spec.n_experts / ep)
+        for n_in, n_out, _ in block(spec, spec.d_expert // tp):
+            yield Product(spec.top_k, n_in, n_out, spec.n_experts / ep)
         if spec.shared_gate:
             yield Product(1, d, 1)
-    width = (spec.d_shared if moe else spec.d_ff) / tp
-    if width:
-        yield Product(1, d, ups * width)
-        yield Product(1, width, d)
+    if width := (spec.d_shared if moe else spec.d_ff) // tp:
+        for n_in, n_out, _ in block(spec, width):
+            yield Product(1, n_in, n_out)
 
 
 class Work(NamedTuple):

@@ -1,8 +1,8 @@
 """How many parameters a spec has, by part: exact integers, total and active per token."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
-from gpt4lib.specs.model import LinearAttention, LatentAttention, ModelSpec
+from gpt4lib.specs import ModelSpec
 
 
 def linear(n_in: int, n_out: int, bias: bool = False) -> int:
@@ -15,36 +15,59 @@ def norm(spec: ModelSpec, width: int) -> int:
     return 2 * width if spec.norm == "layernorm" else width
 
 
-def feed_forward(spec: ModelSpec, width: int, bias: bool) -> int:
-    """One feed-forward block: up and down, plus a gate if gated. Shazeer 2020, arXiv:2002.05202."""
-    ups = 2 if spec.gated_ffn else 1
-    return ups * linear(spec.d_model, width, bias) + linear(width, spec.d_model, bias)
+class Matrix(NamedTuple):
+    """Weights n_in x n_out, those side by side that read the same input, and whether a bias of n_out goes with them."""
+    n_in: int
+    n_out: int
+    bias: bool = False
 
 
-def attention(spec: ModelSpec) -> int:
-    """Softmax attention with separate query, key, value and output projections.
+def block(spec: ModelSpec, width: int, bias: bool = False) -> list[Matrix]:
+    """One feed-forward block: up, with a gate if gated, and down. Shazeer 2020, arXiv:2002.05202."""
+    return [Matrix(spec.d_model, (2 if spec.gated_ffn else 1) * width, bias), Matrix(width, spec.d_model, bias)]
 
-    Relative positions project a sinusoid to the query width and add two biases per channel (Dai et al. 2019,
-    arXiv:1901.02860, section 3.3).
+
+def projections(spec: ModelSpec, kind: str, tp: int = 1) -> list[Matrix]:
+    """The matrices of one layer's attention as each of tp ranks holds them.
+
+    Gated delta rule: q, k, v and gate, two gates a head. Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434,
+    section 2.1): query, down, up, out. Otherwise query, key and value, of which a rank has one head at least.
     """
-    d, q, kv = spec.d_model, spec.q_width, spec.kv_width
-    query = linear(d, q * (2 if spec.attention_gate else 1), spec.qkv_bias)
-    key_value = 2 * linear(d, kv, spec.qkv_bias)
-    qk_norm = {"none": 0, "head": 2 * spec.head_dim, "full": q + kv}[spec.qk_norm]
-    relative = linear(d, q) + 2 * q if spec.positions == "relative" else 0
-    sinks = spec.n_heads if spec.sinks else 0
-    return query + key_value + linear(q, d, spec.out_bias) + qk_norm + relative + sinks
+    d, m, bias = spec.d_model, spec.latent, spec.qkv_bias
+    if kind == "linear":
+        lin = spec.linear
+        keys, values = lin.n_key_heads * lin.key_dim, lin.n_value_heads * lin.value_dim
+        return [Matrix(d, (2 * keys + 2 * values + 2 * lin.n_value_heads) // tp), Matrix(values // tp, d)]
+    if m is None:
+        q, kv = spec.q_width // tp, max(spec.n_kv_heads // tp, 1) * spec.head_dim
+        return [Matrix(d, q * (2 if spec.attention_gate else 1) + 2 * kv, bias), Matrix(q, d, spec.out_bias)]
+    heads = spec.n_heads // tp
+    width = heads * (m.nope_dim + m.rope_dim)
+    query = [Matrix(d, width)] if m.q_rank is None else [Matrix(d, m.q_rank, bias), Matrix(m.q_rank, width)]
+    return [*query, Matrix(d, m.kv_rank + m.rope_dim, bias), Matrix(m.kv_rank, heads * (m.nope_dim + m.v_dim)),
+            Matrix(heads * m.v_dim, d, spec.out_bias)]
 
 
-def latent_attention(spec: ModelSpec, latent: LatentAttention) -> int:
-    """Multi-head latent attention; DeepSeek-V2, arXiv:2405.04434, section 2.1. Indexers come extra."""
-    d, h, bias = spec.d_model, spec.n_heads, spec.qkv_bias
-    width = h * (latent.nope_dim + latent.rope_dim)
-    query = linear(d, width) if latent.q_rank is None else (
-        linear(d, latent.q_rank, bias) + latent.q_rank + linear(latent.q_rank, width))
-    down = linear(d, latent.kv_rank + latent.rope_dim, bias) + latent.kv_rank
-    up = linear(latent.kv_rank, h * (latent.nope_dim + latent.v_dim))
-    return query + down + up + linear(h * latent.v_dim, d, spec.out_bias)
+def feed_forward(spec: ModelSpec, width: int, bias: bool) -> int:
+    return sum(linear(*matrix) for matrix in block(spec, width, bias))
+
+
+def attention(spec: ModelSpec, kind: str) -> int:
+    """One layer's projections and what goes with them; indexers come extra.
+
+    A short convolution and the gates of the delta rule; norms of the latents; norms of queries and keys, sinks. Relative
+    positions project a sinusoid to the query width and add two biases per channel (Dai et al. 2019, arXiv:1901.02860,
+    section 3.3).
+    """
+    count, q, lin, m = sum(linear(*matrix) for matrix in projections(spec, kind)), spec.q_width, spec.linear, spec.latent
+    if kind == "linear":
+        channels = 2 * lin.n_key_heads * lin.key_dim + lin.n_value_heads * lin.value_dim
+        return count + channels * lin.conv_kernel + 2 * lin.n_value_heads + lin.value_dim
+    if m is not None:
+        return count + (m.q_rank or 0) + m.kv_rank
+    qk_norm = {"none": 0, "head": 2 * spec.head_dim, "full": q + spec.kv_width}[spec.qk_norm]
+    relative = linear(spec.d_model, q) + 2 * q if spec.positions == "relative" else 0
+    return count + qk_norm + relative + spec.n_heads * spec.sinks
 
 
 def indexers(spec: ModelSpec) -> int:
@@ -58,17 +81,7 @@ def indexers(spec: ModelSpec) -> int:
     return one * (spec.n_layers if ix.layers is None else ix.layers)
 
 
-def linear_attention(spec: ModelSpec, lin: LinearAttention) -> int:
-    """Gated delta-rule layer: q, k, v and gate projections, two per-head gates, a short convolution."""
-    d = spec.d_model
-    keys, values = lin.n_key_heads * lin.key_dim, lin.n_value_heads * lin.value_dim
-    projections = linear(d, 2 * keys + 2 * values) + linear(d, 2 * lin.n_value_heads) + linear(values, d)
-    convolution = (2 * keys + values) * lin.conv_kernel
-    return projections + convolution + 2 * lin.n_value_heads + lin.value_dim
-
-
-@dataclass(frozen=True)
-class ParameterCount:
+class ParameterCount(NamedTuple):
     """Exact parameter counts. `active` counts what one token's forward pass uses: all but the
     routed experts it does not visit. Embedding rows are counted in full, as model cards do."""
     total: int
@@ -83,12 +96,7 @@ def parameters(spec: ModelSpec) -> ParameterCount:
     every family `ModelSpec.from_hf` reads (a tied head is counted once).
     """
     d, kinds = spec.d_model, spec.layer_kinds
-    n_linear = kinds.count("linear")
-    softmax = latent_attention(spec, spec.latent) if spec.latent else attention(spec)
-    mixing = (len(kinds) - n_linear) * softmax + indexers(spec)
-    if n_linear:
-        mixing += n_linear * linear_attention(spec, spec.linear)
-
+    mixing = sum(kinds.count(kind) * attention(spec, kind) for kind in set(kinds)) + indexers(spec)
     expert = feed_forward(spec, spec.d_expert, spec.expert_bias) if spec.is_moe else 0
     shared = (feed_forward(spec, spec.d_shared, spec.ffn_bias) if spec.d_shared else 0) + (d if spec.shared_gate else 0)
     n_moe = spec.n_moe_layers

@@ -1,14 +1,11 @@
 """Every layout of a model on a cluster, ranked, and why the others lose."""
 
-from dataclasses import dataclass
-from typing import Iterator
+from typing import Iterator, NamedTuple
 
 from gpt4lib import format as fmt
 from gpt4lib.analysis.estimator import Estimator
 from gpt4lib.analysis.training import SECONDS_PER_DAY, Estimate
-from gpt4lib.specs.model import ModelSpec
-from gpt4lib.specs.workload import RECOMPUTE, ParallelPlan
-
+from gpt4lib.specs import RECOMPUTE, ModelSpec, ParallelPlan
 
 NEAR = 0.02              # how far from the batch that was asked for a plan may be
 
@@ -56,8 +53,7 @@ def name(plan: ParallelPlan) -> str:
             + ("" if plan.recompute == "none" else f" recompute {plan.recompute}"))
 
 
-@dataclass(frozen=True)
-class Search:
+class Search(NamedTuple):
     """All layouts priced: those that fit, fastest first by tokens a second, and the rest, least over first."""
     estimator: Estimator
     fitting: list[Estimate]

@@ -1,12 +1,11 @@
 """Whether bytes or arithmetic bind. Williams et al. 2009, "Roofline", CACM 52(4)."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from gpt4lib.specs.hardware import DeviceSpec
 
 
-@dataclass(frozen=True)
-class Time:
+class Time(NamedTuple):
     """Seconds, and which of "memory" or "compute" takes them."""
     seconds: float
     bound_by: str

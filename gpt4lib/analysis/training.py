@@ -1,30 +1,13 @@
 """How long training takes: from a utilisation, or from an estimate of one step that explains itself."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from gpt4lib import format as fmt
 from gpt4lib.analysis import efficiency as eff
 from gpt4lib.analysis import memory
-from gpt4lib.specs.workload import ParallelPlan
+from gpt4lib.specs import ParallelPlan, registry
 
 SECONDS_PER_DAY = 86_400
-
-TERMS = {
-    "products": "matrix products: 2 m k n / (matmul x peak) + bytes / (memory x bandwidth), forward once, backward twice",
-    "attention": "scores: 4 s^2 h d / 2 fused, and 2.5 times that backward; unfused the full square, written out",
-    "pointwise": "norms, sums, activations, rotation, loss: bytes / (memory x bandwidth)",
-    "kernels": "operators x kernel_seconds",
-    "recomputation": "what the backward pass runs again",
-    "tensor": "two all-reduces a layer and pass, inside the node where tp fits; Shoeybi et al. 2019, section 3",
-    "context": "all-gather of keys and values over cp",
-    "experts": "two all-to-alls a layer and pass; Lepikhin et al. 2020, arXiv:2006.16668, section 3",
-    "sends": "hidden states to the next stage and gradients back",
-    "bubble": "(p - 1) / v turns of an average stage; Narayanan et al. 2021, section 2.2",
-    "replicas": "gradients over dp: ring of 2 (n - 1) / n bytes, or FSDP's traffic that does not hide",
-    "optimizer": "gradient, master and moments read, written: bytes / (memory x bandwidth)",
-    "straggling": "the slowest node sets the pace: straggling for each doubling of the nodes",
-    "fixed": "step_seconds",
-}
 
 
 def mfu(flop, n_devices, seconds, peak):
@@ -48,8 +31,7 @@ def days(flop: float, n_devices: int, peak: float, utilisation: float) -> float:
     return seconds(flop, n_devices, peak, utilisation) / SECONDS_PER_DAY
 
 
-@dataclass(frozen=True, slots=True)
-class Estimate:
+class Estimate(NamedTuple):
     """One training step: seconds by term, bytes on the fullest device by part."""
     plan: ParallelPlan
     by_term: dict[str, float]
@@ -79,7 +61,8 @@ class Estimate:
     def explain(self) -> str:
         """Every term with its share and formula, the memory by part, and how far off such estimates have been."""
         step, used = self.step_seconds, self.memory.total
-        rows = [(term, fmt.seconds(t), fmt.percent(t / step), TERMS[term]) for term, t in self.by_term.items() if t]
+        terms = registry.read("gpt4lib.analysis", "terms.toml")
+        rows = [(term, fmt.seconds(t), fmt.percent(t / step), terms[term]) for term, t in self.by_term.items() if t]
         median, p90 = eff.error("step")
         text = (f"{fmt.seconds(step)} a step, MFU {fmt.percent(self.mfu)}; of measured runs not used for fitting, above 5 % MFU, "
                 f"half are within {fmt.percent(median, 0)}, nine in ten within {fmt.percent(p90, 0)}\n"

@@ -8,38 +8,32 @@ set apart runs below 5 % MFU, and as what predictions are compared with.
 import csv
 import hashlib
 import io
+import math
 import re
+from bisect import bisect_left
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from statistics import mean, median
-from typing import Any, Iterable, Mapping
+from typing import Any, Iterable, Mapping, NamedTuple
 
 from gpt4lib.analysis import efficiency as eff
 from gpt4lib.analysis.estimator import Estimator
 from gpt4lib.analysis.training import Estimate
-from gpt4lib.specs.hardware import DTYPE_BYTES, ClusterSpec
-from gpt4lib.specs.model import LatentAttention, ModelSpec
-from gpt4lib.specs.workload import RECOMPUTE, ParallelPlan
+from gpt4lib.specs import DTYPE_BYTES, RECOMPUTE, ClusterSpec, LatentAttention, ModelSpec, ParallelPlan, registry
+from gpt4lib.specs.checks import require
 
-NUMBERS = ("n_layers", "d_model", "n_heads", "n_kv_heads", "vocab_size", "seq_len", "n_experts", "top_k", "n_devices",
-           "devices_per_node", "tp", "pp", "dp", "ep", "cp", "micro_batch", "global_batch")
-WORDS = ("d_ff", "gated_ffn", "device", "dtype", "recompute", "zero_stage", "quantity")
-LARGEST = {"n_layers": 10_000, "pp": 10_000}
-COLUMNS = (*NUMBERS, *WORDS, "value")
-QUANTITIES = ("iteration_seconds", "tokens_per_second_per_device", "model_tflops_per_device",
-              "hardware_tflops_per_device", "peak_memory_bytes")
+NUMBERS, WORDS = registry.read("gpt4lib.analysis", "measured/columns.toml").values()
+COLUMNS, QUANTITIES = (*NUMBERS, *WORDS, "value"), WORDS["quantity"]
+FIGURES = ("median_abs_error", "mean_abs_error", "p90_abs_error", "bias")
 BADLY_SCALED = 0.05                  # a measured MFU below which a run is set apart
 APART = " (below 5 % MFU)"
 DEEPSEEK = LatentAttention(kv_rank=512, rope_dim=64, nope_dim=128, v_dim=128, q_rank=1536)   # arXiv:2405.04434, section 3.1.2
 
 
-class BadRow(ValueError):
-    """A value that cannot be read: names file, line and column."""
-
-
-@dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     """A row as an estimator understands it; where the layout is not fully published, the plans that may be meant."""
     spec: ModelSpec
     cluster: ClusterSpec
@@ -88,51 +82,45 @@ def read(path: str | Path) -> list[dict[str, Any]]:
     try:
         text = Path(path).read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'}); give a CSV file") from None
+        why = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise ValueError(f"{path} cannot be read ({why}); give a CSV file") from None
     reader = csv.DictReader(io.StringIO(text, newline=""))
     try:
-        return _rows(path, reader)
+        missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
+        require(not missing, f"{path} line 1: no column {', '.join(missing)}; needed are {', '.join(COLUMNS)}")
+        return [_row(path, reader.line_num, raw) for raw in reader]
     except csv.Error as error:
         raise ValueError(f"{path} line {reader.line_num}: {error}; give a CSV file") from None
 
 
-def _rows(path: str | Path, reader: csv.DictReader) -> list[dict[str, Any]]:
-    missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
-    if missing:
-        raise ValueError(f"{path} line 1: no column {', '.join(missing)}; needed are {', '.join(COLUMNS)}")
-    rows = []
-    for raw in reader:
-        row: dict[str, Any] = {"line": reader.line_num, "problem": ""}
-        try:
-            row.update({k: (v or "").strip() for k, v in raw.items() if isinstance(k, str)})
-            for name in (*NUMBERS, "value"):
-                row[name] = _number(path, reader.line_num, name, row[name])
-            for name, accepted in (("quantity", QUANTITIES), ("recompute", ("", *RECOMPUTE)), ("gated_ffn", ("", "yes", "no")),
-                                   ("zero_stage", ("", "0", "1", "2", "3", "hybrid"))):
-                if row[name] not in accepted:
-                    raise BadRow(f"{path} line {reader.line_num}, column {name}: {row[name]!r} is not accepted; "
-                                 f"give {', '.join(filter(None, accepted))}")
-            if row["value"] is None:
-                raise BadRow(f"{path} line {reader.line_num}, column value: empty; give the measured number")
-        except BadRow as problem:
-            row["problem"] = str(problem)
-        rows.append(row)
-    return rows
+def _row(path: str | Path, line: int, raw: Mapping[str, str]) -> dict[str, Any]:
+    row = {"line": line, "problem": "", **{k: (v or "").strip() for k, v in raw.items() if isinstance(k, str)}}
+    try:
+        row |= {name: _number(name, row[name]) for name in (*NUMBERS, "value")}
+        for name, accepted in WORDS.items():
+            if accepted and row[name] not in accepted:
+                raise ValueError(f"column {name}: {row[name]!r} is not accepted; give {', '.join(filter(None, accepted))}")
+        require(row["value"] is not None, "column value: empty; give the measured number")
+    except ValueError as problem:
+        row["problem"] = f"{path} line {line}, {problem}"
+    return row
 
 
-def _number(path, line: int, name: str, text: str) -> float | int | None:
+def _number(name: str, text: str) -> float | int | None:
     if not text:
         return None
+    limits = NUMBERS.get(name, {})
+    least, most = limits.get("least", 1), limits.get("most", 10 ** 9)
     try:
         number = float(text)
-        if not (0 < number < float("inf") or number == 0 and name in ("n_experts", "top_k")):
-            raise ValueError
-        if name != "value" and (number != int(number) or number > LARGEST.get(name, 10 ** 9)):
-            raise ValueError
     except ValueError:
-        raise BadRow(f"{path} line {line}, column {name}: {text!r} is not accepted; give "
-                     + ("a positive number" if name == "value" else f"an integer from 1 to {LARGEST.get(name, 10 ** 9)}")) from None
-    return number if name == "value" else int(number)
+        number = math.nan
+    if name == "value" and 0 < number < math.inf:
+        return number
+    if name != "value" and least <= number <= most and number.is_integer():
+        return int(number)
+    wanted = "a positive number" if name == "value" else f"an integer from 1 to {most}"
+    raise ValueError(f"column {name}: {text!r} is not accepted; give {wanted}")
 
 
 _cluster = lru_cache(maxsize=None)(ClusterSpec.around)
@@ -141,14 +129,13 @@ _cluster = lru_cache(maxsize=None)(ClusterSpec.around)
 @lru_cache(maxsize=None)
 def _spec(n_layers, d_model, n_heads, n_kv_heads, d_ff, gated, vocab_size, seq_len, n_experts, top_k, latent) -> ModelSpec:
     """A model from its columns. d_ff of a mixture may read "1536 expert x160 + shared 3072 / dense 12288"."""
-    width = int(re.match(r"\d+", d_ff).group()) if re.match(r"\d+", d_ff) else 4 * d_model
+    width = int(found[0]) if (found := re.match(r"\d+", d_ff)) else 4 * d_model
     extra: dict[str, Any] = {}
     if n_experts:
-        found = {word: re.search(rf"{word} (\d+)", d_ff) for word in ("shared", "dense")}
-        dense = found["dense"]
-        extra = {"n_experts": n_experts, "top_k": top_k or 1, "d_expert": width, "moe_layers": tuple(range(bool(dense), n_layers)),
-                 "d_shared": int(found["shared"].group(1)) if found["shared"] else 0}
-        width = int(dense.group(1)) if dense else width
+        named = {word: int(size) for word, size in re.findall(r"(shared|dense) (\d+)", d_ff)}
+        extra = {"n_experts": n_experts, "top_k": top_k or 1, "d_expert": width, "d_shared": named.get("shared", 0),
+                 "moe_layers": tuple(range("dense" in named, n_layers))}
+        width = named.get("dense", width)
     if latent:
         extra |= {"latent": DEEPSEEK, "head_dim": DEEPSEEK.nope_dim + DEEPSEEK.rope_dim}
     return ModelSpec(name="row", n_layers=n_layers, d_model=d_model, n_heads=n_heads, n_kv_heads=n_kv_heads, d_ff=width,
@@ -169,13 +156,11 @@ def case(row: Mapping[str, Any]) -> Case:
     that shape published. Hybrid sharding stays inside a node.
     """
     for name in ("n_layers", "d_model", "n_heads", "vocab_size", "seq_len", "device", "n_devices"):
-        if not row[name]:
-            raise ValueError(f"{name} is not published")
+        require(row[name], f"{name} is not published")
     tp, pp, cp, ep = (row[name] or 1 for name in ("tp", "pp", "cp", "ep"))
     cluster = _cluster(row["device"], row["devices_per_node"])
     dp = row["dp"] or row["n_devices"] // (tp * pp * cp)
-    if tp * pp * dp * cp != row["n_devices"]:
-        raise ValueError(f"tp={tp} x pp={pp} x dp={dp} x cp={cp} is not n_devices={row['n_devices']}")
+    require(tp * pp * dp * cp == row["n_devices"], f"tp={tp} x pp={pp} x dp={dp} x cp={cp} is not n_devices={row['n_devices']}")
     gated, kv_heads = row["gated_ffn"] == "yes", row["n_kv_heads"] or row["n_heads"]
     spec = _spec(row["n_layers"], row["d_model"], row["n_heads"], kv_heads, row["d_ff"], gated,
                  row["vocab_size"], row["seq_len"], row["n_experts"] or 0, row["top_k"],
@@ -189,8 +174,7 @@ def case(row: Mapping[str, Any]) -> Case:
     cluster.device.peak_flop_rate(dtype)
     fused = gated or cluster.device.generation not in ("volta", "ampere") or (tp * pp == 1 and dtype != "fp16")
     batch, micro = row["global_batch"], row["micro_batch"]
-    if not (batch or micro):
-        raise ValueError("neither global_batch nor micro_batch is published")
+    require(batch or micro, "neither global_batch nor micro_batch is published")
     each = (batch or micro * dp) // dp
     micros = [b for b in ([micro] if micro else (1, 2, 4, 8)) if each and each % b == 0]
     if batch and (not micros or each * dp != batch):
@@ -281,10 +265,9 @@ def summary(results: Iterable[Result]) -> dict[str, float | int | None]:
     results = list(results)
     signed = [r.error for r in results if r.error is not None]
     sizes = sorted(map(abs, signed))
-    return {"n": len(results), "priced": len(sizes),
-            **({"median_abs_error": median(sizes), "mean_abs_error": mean(sizes),
-                "p90_abs_error": sizes[min(int(0.9 * len(sizes)), len(sizes) - 1)], "bias": median(signed)} if sizes else
-               dict.fromkeys(("median_abs_error", "mean_abs_error", "p90_abs_error", "bias")))}
+    ninth = sizes[min(int(0.9 * len(sizes)), len(sizes) - 1)] if sizes else None
+    figures = (median(sizes), mean(sizes), ninth, median(signed)) if sizes else (None,) * len(FIGURES)
+    return {"n": len(results), "priced": len(sizes), **dict(zip(FIGURES, figures))}
 
 
 def apart(result: Result) -> bool:
@@ -303,19 +286,13 @@ def by_source(results: Iterable[Result]) -> dict[str, dict]:
 def average(summaries: Mapping[str, Mapping]) -> dict[str, float]:
     """The mean over sources of each source's figure, so that a large sweep weighs like one table."""
     told = [s for name, s in summaries.items() if s["priced"] and not name.endswith(APART)]
-    return {key: mean(s[key] for s in told) if told else None for key in ("median_abs_error", "mean_abs_error", "p90_abs_error")}
+    return {key: mean(s[key] for s in told) if told else None for key in FIGURES[:3]}
 
 
-def quantiles(results: Iterable[Result], shares: tuple[float, ...] = (0.5, 0.9)) -> list[float]:
-    """Errors that these shares of the rows stay within, every document weighing the same; badly scaled runs apart."""
+def quantiles(results: Iterable[Result]) -> list[float]:
+    """Errors that half and nine tenths of the rows stay within, every document weighing the same; badly scaled runs apart."""
     told = [r for r in results if r.error is not None and not apart(r)]
-    rows = {document: sum(r.document == document for r in told) for document in {r.document for r in told}}
-    errors, out = sorted((abs(r.error), 1 / rows[r.document] / len(rows)) for r in told), []
-    for share in shares:
-        below = 0.0
-        for error, weight in errors:
-            below += weight
-            if below >= share - 1e-9:
-                out.append(error)
-                break
-    return out
+    rows = Counter(r.document for r in told)
+    errors = sorted((abs(r.error), 1 / rows[r.document] / len(rows)) for r in told)
+    below = list(accumulate(weight for _, weight in errors))
+    return [errors[bisect_left(below, share - 1e-9)][0] for share in (0.5, 0.9)] if errors else []

@@ -53,14 +53,13 @@ class Replicated(_Optimizer):
     """Optimizer of a model whose weights are whole on every replica: plain data parallelism, or ZeRO-1."""
 
     def __init__(self, stages: list[Stage], pieces: dict[str, Piece], plan: ParallelPlan, groups: Groups, adamw: AdamW = AdamW(),
-                 gradient_dtype: torch.dtype | None = None, bucket_bytes: int = 25 * 2**20) -> None:
+                 bucket_bytes: int = 25 * 2**20) -> None:
         self.adamw, self.groups = adamw, groups
         named = [pair for stage in stages for pair in stage.named_parameters()]
-        gradient_dtype = gradient_dtype or torch.promote_types(named[0][1].dtype, torch.float32)
         apart = [[pair for pair in named if (plan.ep > 1 and ".experts." in pair[0]) is experts] for experts in (False, True)]
         # experts that are spread over ranks have fewer replicas, but are averaged over as many micro-batches
         self.flats = [Flat(pairs, pieces, group, zero=plan.zero_stage > 0, n_micro=plan.n_micro_batches, replicas=plan.dp,
-                           gradient_dtype=gradient_dtype, bucket_bytes=bucket_bytes)
+                           bucket_bytes=bucket_bytes)
                       for pairs, group in zip(apart, (groups.dp, groups.outer)) if pairs]
         self.optimizer = adamw.over([flat.master for flat in self.flats])
 
@@ -73,7 +72,8 @@ class Replicated(_Optimizer):
 
     def reduce(self) -> Tensor:
         """Finish the gradients; the squared norm of those this rank answers for."""
-        sum_partial([pair for flat in self.flats for pair in flat.partial_gradients()], self.groups)
+        gradients = [(flat.pieces[s.name], flat.gradients[s.start:s.stop]) for flat in self.flats for s in flat.segments]
+        sum_partial(gradients, self.groups)
         for flat in self.flats:
             flat.reduce()
         return sum(flat.norm_squared() for flat in self.flats)

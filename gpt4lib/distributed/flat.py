@@ -1,7 +1,7 @@
 """Parameters as one flat vector: what plain data parallelism and ZeRO-1 reduce in buckets and shard."""
 
 from functools import partial
-from typing import Iterator, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,7 @@ class Flat:
     """Parameters as one vector of weights and one of gradients, in buckets that are reduced as soon as they are complete.
 
     The vectors are padded to n equal shards. With `zero`, a rank keeps the optimizer's state of its shard only: 1/n of
-    every bucket. A gradient is added to the vector in `gradient_dtype` after each backward pass of a micro-batch; when
+    every bucket. A gradient is added to the vector, in fp32 at least, after each backward pass of a micro-batch; when
     all `n_micro` are in, the bucket starts its all-reduce, or reduce-scatter, while the backward pass goes on. Last in
     the vector stand the partial gradients, few and small, which wait for the end.
 
@@ -31,7 +31,7 @@ class Flat:
     """
 
     def __init__(self, named: list[tuple[str, nn.Parameter]], pieces: dict[str, Piece], group: dist.ProcessGroup, *,
-                 zero: bool, n_micro: int, replicas: int, gradient_dtype: torch.dtype, bucket_bytes: int) -> None:
+                 zero: bool, n_micro: int, replicas: int, bucket_bytes: int) -> None:
         self.pieces, self.group, self.zero, self.n_micro, self.replicas = pieces, group, zero, n_micro, replicas
         self.n, self.rank = dist.get_world_size(group), dist.get_rank(group)
         if bucket_bytes < 1:
@@ -44,7 +44,8 @@ class Flat:
         self.length, like = length, named[0][1]
         padded = -(-length // self.n) * self.n
         self.weights = like.new_zeros(padded)
-        self.gradients = torch.zeros(padded, dtype=gradient_dtype, device=like.device)
+        wide = torch.promote_types(like.dtype, torch.float32)
+        self.gradients = torch.zeros(padded, dtype=wide, device=like.device)
         step = max(bucket_bytes // self.gradients.element_size() // self.n, 1) * self.n
         self.buckets = [(a, min(a + step, padded)) for a in range(0, padded, step)]
         for s in self.segments:
@@ -54,10 +55,18 @@ class Flat:
         # where the rank's parts lie in the vector
         self.mine = [(a + (b - a) // self.n * self.rank, a + (b - a) // self.n * (self.rank + 1))
                      for a, b in self.buckets] if zero else [(0, self.length)]
-        self.parts = list(self._parts())
+        # every parameter with its places in the shard
+        self.parts: list[tuple[Segment, slice]] = []
+        offset = 0
+        for a, b in self.mine:
+            for s in self.segments:
+                low, high = max(s.start, a), min(s.stop, b)
+                if low < high:
+                    self.parts.append((s, slice(offset + low - a, offset + high - a)))
+            offset += b - a
         self.waiting = [[s for s in self.segments if s.start < b and s.stop > a] for a, b in self.buckets]
         # the same memory as the weights where those are whole and fp32 already
-        self.master = nn.Parameter(self.shard(self.weights).to(torch.promote_types(like.dtype, torch.float32)))
+        self.master = nn.Parameter(self.shard(self.weights).to(wide))
         self.restart()
 
     def shard(self, vector: Tensor) -> Tensor:
@@ -97,9 +106,6 @@ class Flat:
                 mine, work = None, dist.all_reduce(self.gradients[a:b], group=self.group, async_op=True)
             self.works.append((work, mine))
 
-    def partial_gradients(self) -> list[tuple[Piece, Tensor]]:
-        return [(self.pieces[s.name], self.gradients[s.start:s.stop]) for s in self.segments]
-
     def reduce(self) -> None:
         """Start what is left, wait for all, and give the mean over replicas to the optimizer."""
         self._launch(force=True)
@@ -108,16 +114,6 @@ class Flat:
             if mine is not None:                               # back into the vector: no second buffer of that size
                 self.gradients[slice(*self.mine[i])] = mine
         self.master.grad = self.shard(self.gradients).to(self.master.dtype).div_(self.replicas)
-
-    def _parts(self) -> Iterator[tuple[Segment, slice]]:
-        """Every parameter with its places in the shard."""
-        offset = 0
-        for a, b in self.mine:
-            for s in self.segments:
-                lo, hi = max(s.start, a), min(s.stop, b)
-                if lo < hi:
-                    yield s, slice(offset + lo - a, offset + hi - a)
-            offset += b - a
 
     def norm_squared(self) -> Tensor:
         """Of the gradients that this rank answers for: summed over all ranks, each counts once."""

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple, TYPE_CHECKING
 
 from gpt4lib.specs import ModelSpec, ParallelPlan
 from gpt4lib.specs.checks import require, require_counts, require_known
@@ -46,9 +46,8 @@ class ProcessGrid:
 
     def check(self, world_size: int, devices_per_node: int | None = None) -> None:
         """ValueError, one line, if the grid does not fill the world or splits tensor parallelism over nodes."""
-        if self.world_size != world_size:
-            raise ValueError(f"tp={self.tp} x dp={self.dp} x pp={self.pp} needs {self.world_size} processes, "
-                             f"there are {world_size}; change a degree or the number of processes")
+        require(self.world_size == world_size, f"tp={self.tp} x dp={self.dp} x pp={self.pp} needs {self.world_size} processes, "
+                f"there are {world_size}; change a degree or the number of processes")
         if devices_per_node and self.tp > 1 and devices_per_node % self.tp:
             raise ValueError(f"tp={self.tp} does not divide the {devices_per_node} devices of a node; tensor parallelism has to "
                              f"stay inside one")
@@ -75,8 +74,7 @@ class ProcessGrid:
         return list(members.values())
 
 
-@dataclass(frozen=True)
-class Groups:
+class Groups(NamedTuple):
     """What one rank talks through. None where it would be alone; the meshes are the same groups as PyTorch's DeviceMesh."""
     at: dict[str, int]
     grid: ProcessGrid

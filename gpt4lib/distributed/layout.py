@@ -1,7 +1,6 @@
 """Which part of every parameter a rank holds, and the part of the model that it builds from those."""
 
 import re
-from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -40,8 +39,7 @@ class Chunk(NamedTuple):
     local: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """What a rank holds of a parameter of `shape`. Its gradient is a sum over the ranks named in `partial`: replicas
     that each saw a part of the work. `owned` is true on exactly one of the ranks with the same piece in one replica."""
     shape: tuple[int, ...]

@@ -14,18 +14,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gpt4lib.cli import Parser, counted
+from gpt4lib.cli import Parser, counted, layout, options
 from gpt4lib.distributed import checkpoint, launch
 from gpt4lib.distributed.data import AdamW
 from gpt4lib.distributed.grid import ProcessGrid
 from gpt4lib.distributed.layout import check
 from gpt4lib.distributed.trainer import StepResult, Trainer
 from gpt4lib.nn import data
-from gpt4lib.nn.numerics import positive
 from gpt4lib.profiling import count_wire, forward_flop
 from gpt4lib.specs import DeviceSpec, ModelSpec, ParallelPlan
-from gpt4lib.specs.checks import require_known
-from gpt4lib.specs.workload import RECOMPUTE, SCHEDULES
+from gpt4lib.specs.checks import positive, require, require_known
 
 # What is trained when nobody says what: GPT-4's shape as reported, at a size for one core.
 TOY = ModelSpec("toy", n_layers=4, d_model=64, n_heads=4, n_kv_heads=1, d_ff=128, vocab_size=256, context=256,
@@ -36,33 +34,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 def parser() -> Parser:
     p = Parser(prog="gpt4lib.distributed.train", description="Train a model on any layout of processes; start it with torchrun.",
                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("model", nargs="?", default="toy", help="a preset, the path of a config.json, or toy")
-    for flag, text in (("tp", "tensor"), ("pp", "pipeline"), ("ep", "expert")):
-        p.add_argument(f"--{flag}", type=int, default=1, help=f"{text} parallel degree")
-    p.add_argument("--dp", type=int, help="data parallel degree; what is left of the processes if not given")
-    p.add_argument("--zero", type=int, default=0, help="0 copies, 1 shards the optimizer, 3 everything (FSDP2)")
-    p.add_argument("--shard", type=int, help="with --zero 3: shard over this many replicas, copy over the rest (hybrid)")
-    p.add_argument("--sequence-parallel", action="store_true", help="split tokens where tensor parallelism copies them")
-    p.add_argument("--schedule", default="1f1b", help=" or ".join(SCHEDULES))
-    p.add_argument("--chunks", type=int, default=1, help="slices of the model a stage owns (interleaved schedule)")
-    p.add_argument("--recompute", default="none", help=", ".join(RECOMPUTE))
-    p.add_argument("--micro-batch", type=int, default=4, help="sequences")
-    p.add_argument("--global-batch", type=int, default=32, help="sequences a step, over all replicas")
-    p.add_argument("--seq-len", type=int, default=64, help="tokens")
-    p.add_argument("--steps", type=int, default=100, help="in all, with those of the checkpoint it resumes from")
-    p.add_argument("--lr", type=float, default=1e-3, help="after --warmup steps, then down to a tenth along a cosine")
-    p.add_argument("--warmup", type=int, default=10, help="steps")
-    p.add_argument("--clip", type=float, default=1.0, help="largest global norm of the gradient")
-    p.add_argument("--balance", type=float, default=0.01, help="weight of the experts' balance loss")
-    p.add_argument("--dtype", default="fp32", help=f"of weights and activations: {', '.join(DTYPES)}; masters are fp32 at least")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--data", help="a file of bytes, or of uint16 tokens (.bin); if not given, Python's documentation")
-    p.add_argument("--checkpoint", help="folder to resume from and to save in, seen by all processes")
-    p.add_argument("--save-every", type=int, default=50, help="steps")
-    p.add_argument("--metrics", help="file that gets one JSON line a step")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    p.add_argument("--hardware", help="a device preset (h100-sxm, ...), to report model FLOPs utilisation")
-    p.add_argument("--timeout", type=float, default=600, help="seconds after which a silent process is an error")
+    options(p, "distributed")
+    p.set_defaults(device="cuda" if torch.cuda.is_available() else "cpu")
     return p
 
 
@@ -70,9 +43,8 @@ def settle(args: argparse.Namespace, here: launch.Place) -> tuple[ModelSpec, Par
     """What to train and how it is laid out; ValueError before any process group starts."""
     spec = TOY if args.model == "toy" else ModelSpec.load(args.model)
     require_known("dtype", args.dtype, DTYPES)
-    if args.device not in ("cpu", "cuda") or (args.device == "cuda" and torch.cuda.device_count() <= here.local_rank):
-        raise ValueError(f"--device {args.device} is not here for local rank {here.local_rank}; accepted: cpu, or cuda with a "
-                         f"GPU a process")
+    require(args.device == "cpu" or args.device == "cuda" and torch.cuda.device_count() > here.local_rank,
+            f"--device {args.device} is not here for local rank {here.local_rank}; accepted: cpu, or cuda with a GPU a process")
     counted(args, "dp", "micro_batch", "seq_len", "steps", "save_every", "timeout")
     counted(args, "warmup", "balance", least=0)
     for name in ("lr", "clip"):
@@ -80,13 +52,9 @@ def settle(args: argparse.Namespace, here: launch.Place) -> tuple[ModelSpec, Par
     if args.metrics and not Path(args.metrics).absolute().parent.is_dir():
         raise ValueError(f"--metrics {args.metrics}: its folder does not exist; make it first")
     dp = args.dp or max(here.world_size // max(args.tp * args.pp, 1), 1)
-    if args.global_batch < 1 or args.global_batch % (args.micro_batch * dp):
-        raise ValueError(f"global_batch={args.global_batch} is not divisible by micro_batch={args.micro_batch} x dp={dp}; "
-                         f"change one")
-    plan = ParallelPlan(tp=args.tp, pp=args.pp, dp=dp, ep=args.ep, zero_stage=args.zero, shard=args.shard,
-                        micro_batch=args.micro_batch, n_micro_batches=args.global_batch // (args.micro_batch * dp),
-                        recompute=args.recompute, sequence_parallel=args.sequence_parallel, schedule=args.schedule,
-                        n_chunks=args.chunks)
+    require(args.global_batch >= 1 and args.global_batch % (args.micro_batch * dp) == 0,
+            f"global_batch={args.global_batch} is not divisible by micro_batch={args.micro_batch} x dp={dp}; change one")
+    plan = ParallelPlan(**layout(args) | {"dp": dp, "n_micro_batches": args.global_batch // (args.micro_batch * dp)})
     ProcessGrid.of(plan).check(here.world_size, here.per_node)
     check(spec, plan, args.seq_len)
     if args.hardware:

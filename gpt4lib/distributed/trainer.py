@@ -26,7 +26,7 @@ class StepResult(NamedTuple):
 class Trainer:
     """A model laid out by `plan` over the initialised world, with its optimizer.
 
-    bfloat16 weights have fp32 masters and gradients; `gradient_dtype` changes the latter. Noise (a router's jitter) is
+    bfloat16 weights have fp32 masters and gradients. Noise (a router's jitter) is
     drawn from the seed, the step and the replica: the same on ranks that hold the same tokens, and again after a resume
     in the same layout. ValueError, one line, for a plan, a sequence length or a batch that does not fit;
     FloatingPointError, before anything is changed, when a gradient is not finite.
@@ -34,19 +34,15 @@ class Trainer:
 
     def __init__(self, spec: ModelSpec, plan: ParallelPlan, seq_len: int, *, adamw: AdamW = AdamW(), balance: float = 0.0,
                  seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu", numerics: Numerics = Numerics(),
-                 gradient_dtype: torch.dtype | None = None, bucket_bytes: int = 25 * 2**20,
-                 timeout: timedelta | None = None) -> None:
+                 bucket_bytes: int = 25 * 2**20, timeout: timedelta | None = None) -> None:
         check(spec, plan, seq_len)
         sharded = plan.zero_stage == 3
-        if sharded and gradient_dtype is not None:
-            raise ValueError(f"gradient_dtype={gradient_dtype} is not accepted with zero_stage 3, which sums in fp32; "
-                             f"leave it out")
         self.spec, self.plan, self.seq_len, self.adamw, self.device, self.seed = spec, plan, seq_len, adamw, device, seed
         self.groups = connect(plan, spec, torch.device(device).type, timeout)
         self.stages, self.pieces = build(spec, plan, self.groups, seed=seed, numerics=numerics, device=device,
                                          dtype=torch.promote_types(dtype, torch.float32) if sharded else dtype)
         self.optimizer = (FullySharded(self.stages, self.pieces, plan, self.groups, adamw, dtype) if sharded else
-                          Replicated(self.stages, self.pieces, plan, self.groups, adamw, gradient_dtype, bucket_bytes))
+                          Replicated(self.stages, self.pieces, plan, self.groups, adamw, bucket_bytes))
         self.pipeline = Pipeline(self.stages, self.optimizer, dtype, balance)
         self.steps = 0
 

@@ -1,12 +1,9 @@
 """The statements of the notes as frozen records, and the figures they share."""
 
 import difflib
-import tomllib
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, Mapping, NamedTuple
 
 from gpt4lib.ledger.intervals import ANY, Interval, evaluate, names, rounding
 from gpt4lib.specs import registry
@@ -18,8 +15,7 @@ _UNITS = {"day": ("s", 86400.0), "GB": ("bytes", 1e9), "TB": ("bytes", 1e12), "U
           "cent/ktoken": ("USD/token", 1e-5), "USD/ktoken": ("USD/token", 1e-3)}
 
 
-@dataclass(frozen=True)
-class Figure:
+class Figure(NamedTuple):
     """A stated value in SI units: as printed (`nominal`) and all it can stand for (`interval`)."""
 
     nominal: Interval
@@ -53,8 +49,7 @@ class Quantity:
     printed: str | None = None  # the unit word of the notes where it differs; "" where none
 
 
-@dataclass(frozen=True)
-class Reading:
+class Reading(NamedTuple):
     """Another way to take a claim: other expressions for, or another value of, its figures."""
 
     name: str
@@ -64,8 +59,7 @@ class Reading:
     subject: bool = False  # the figures are another model's
 
 
-@dataclass(frozen=True)
-class Implication:
+class Implication(NamedTuple):
     """Something that must also be true if the claim is; without band, limit, whole: shown only."""
 
     name: str
@@ -116,8 +110,6 @@ class Figures:
     def replaced(self, claim: Claim) -> "Figures":
         """Return these figures with those of `claim` in place of the ones on record."""
         other = Figures([claim], self.constants, self.derived)
-        if all(self.stated.get(symbol) == entry for symbol, entry in other.stated.items()):
-            return self
         other.stated = self.stated | other.stated
         return other
 
@@ -181,17 +173,17 @@ def _constant(unit: str, value: float = 0, source: str = "", preset: str = "") -
 
 @cache
 def _ledger() -> tuple[tuple[Claim, ...], Figures]:
-    body, terms = (tomllib.loads(Path(__file__).with_name(file).read_text("utf8")) for file in ("claims.toml", "glossary.toml"))
+    body, terms = (registry.read("gpt4lib.ledger", file) for file in ("claims.toml", "glossary.toml"))
     known: dict[str, Quantity] = {}
     claims = []
     for row in (*body["claim"], *terms["claim"]):
         section, chapter = body["sections"][row["id"].rstrip("0123456789ab")]
-        says, implies, readings = (row.pop(key, ()) for key in ("says", "implies", "readings"))
-        quantities = tuple(_quantity(known, **q) for q in says)
+        given = {"section": section, "status": "reported", "chapter": chapter, **row}
+        quantities = tuple(_quantity(known, **q) for q in given.pop("says", ()))
         known |= {q.symbol: q for q in quantities if q.symbol}
-        claims.append(Claim(section=section, quantities=quantities, implies=tuple(Implication(**i) for i in implies),
-                            readings=tuple(_reading(**r) for r in readings),
-                            **{"status": "reported", "chapter": chapter} | row))
+        given |= {"quantities": quantities, "implies": tuple(Implication(**i) for i in row.get("implies", ())),
+                  "readings": tuple(_reading(**r) for r in row.get("readings", ()))}
+        claims.append(Claim(**given))
     constants = {name: _constant(**row) for name, row in body["constants"].items()}
     return tuple(claims), Figures(claims, constants, body["derived"])
 

@@ -6,6 +6,7 @@ loading one can run any code.
 
 import json
 import re
+from dataclasses import astuple
 from itertools import chain, count
 from pathlib import Path
 from typing import Any, Iterator, Mapping, NamedTuple
@@ -13,38 +14,20 @@ from typing import Any, Iterator, Mapping, NamedTuple
 import torch
 from torch import Tensor
 
-from gpt4lib.nn.numerics import Llama3Rope, Numerics, positive
+from gpt4lib.nn.numerics import Llama3Rope, Numerics
 from gpt4lib.nn.transformer import Transformer
-from gpt4lib.specs import ModelSpec, huggingface
-from gpt4lib.specs.checks import require
+from gpt4lib.specs import ModelSpec, huggingface, registry
+from gpt4lib.specs.checks import positive, require
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 SHARD = re.compile(r"model\d*-\d{5}-of-\d{5}\.safetensors")
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 IGNORED = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")        # buffers that old versions stored
 
-# theirs -> ours, "+" joins what they store in one matrix; {i} is a layer
-LLAMA = {"model.embed_tokens": "embedding", "model.norm": "final_norm", "lm_head": "head",
-         "model.layers.{i}.input_layernorm": "layers.{i}.norms.0",
-         "model.layers.{i}.post_attention_layernorm": "layers.{i}.norms.1",
-         **{f"model.layers.{{i}}.self_attn.{a}_proj": f"layers.{{i}}.attention.{b}"
-            for a, b in zip("qkvo", ("query", "key", "value", "out"))},
-         **{f"model.layers.{{i}}.mlp.{a}_proj": f"layers.{{i}}.ffn.{a}" for a in ("gate", "up", "down")},
-         "model.layers.{i}.block_sparse_moe.gate": "layers.{i}.moe.router"}
-GPT2 = {"transformer.wte": "embedding", "transformer.wpe": "positions", "transformer.ln_f": "final_norm",
-        "transformer.h.{i}.ln_1": "layers.{i}.norms.0", "transformer.h.{i}.ln_2": "layers.{i}.norms.1",
-        "transformer.h.{i}.attn.c_attn": "+".join(f"layers.{{i}}.attention.{b}" for b in ("query", "key", "value")),
-        "transformer.h.{i}.attn.c_proj": "layers.{i}.attention.out",
-        "transformer.h.{i}.mlp.c_fc": "layers.{i}.ffn.up", "transformer.h.{i}.mlp.c_proj": "layers.{i}.ffn.down"}
-FAMILIES = {"llama": LLAMA, "mistral": LLAMA, "mixtral": LLAMA, "gpt_bigcode": GPT2, "gpt2": GPT2}
-
-# what transformers takes for a key that config.json leaves out
-LLAMA_DEFAULTS = {"rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "hidden_act": "silu"}
-GPT2_DEFAULTS = {"layer_norm_epsilon": 1e-5, "activation_function": "gelu_new"}
-DEFAULTS = {"llama": LLAMA_DEFAULTS, "mistral": LLAMA_DEFAULTS, "gpt2": GPT2_DEFAULTS,
-            "mixtral": LLAMA_DEFAULTS | {"rms_norm_eps": 1e-5, "rope_theta": 1e6},
-            "gpt_bigcode": GPT2_DEFAULTS | {"activation_function": "gelu_pytorch_tanh"}}
+NAMES = registry.read("gpt4lib.nn", "checkpoint.toml")        # theirs -> ours
+FAMILIES = NAMES["families"]
 GELUS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
+# the fields of Llama3Rope in a config's words
 LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -74,7 +57,7 @@ def layout(model: Transformer, family: str) -> list[Entry]:
     ours = {name: p.detach() for name, p in model.named_parameters()}
     entries = []
     for layer in range(model.spec.n_layers):
-        for theirs, stems in FAMILIES[family].items():
+        for theirs, stems in NAMES[FAMILIES[family]["names"]].items():
             if layer and "{i}" not in theirs:
                 continue
             for kind in (".weight", ".bias"):
@@ -96,8 +79,8 @@ def layout(model: Transformer, family: str) -> list[Entry]:
 def numerics_of(config: Mapping[str, Any]) -> Numerics:
     """The numbers behind the counts; ValueError for what would be computed differently there."""
     family = config["model_type"]
-    known = {"rope_theta": 10_000.0, **DEFAULTS[family], **config}
-    llama = FAMILIES[family] is LLAMA
+    known = {"rope_theta": 10_000.0, **FAMILIES[family], **config}
+    llama = FAMILIES[family]["names"] == "llama"
     activation = known["hidden_act" if llama else "activation_function"]
     accepted = ("silu",) if llama else tuple(GELUS)
     where = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"      # the old name wins in transformers too
@@ -183,7 +166,7 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "
     model = model.to(dtype).to_empty(device=device)
     entries = {e.name: e for e in layout(model, family)}
     # Some exporters drop GPT-2's prefix, and tied heads may be stored twice.
-    prefix = "transformer." if FAMILIES[family] is GPT2 and "wte.weight" in held else ""
+    prefix = "transformer." if FAMILIES[family]["names"] == "gpt2" and "wte.weight" in held else ""
     named = {n if n == "lm_head.weight" else prefix + n: f for n, f in held.items()}
     missing = sorted(set(entries) - set(named))
     extra = sorted(set(named) - set(entries) - ({"lm_head.weight"} if spec.tied else set()))
@@ -216,12 +199,12 @@ def config_of(model: Transformer) -> dict[str, Any]:
                       layer_norm_epsilon=numerics.norm_eps, **({"multi_query": True} if family == "gpt_bigcode" else {}))
     else:
         family = "mixtral" if s.is_moe else "mistral" if s.window else "llama"
-        llama3 = {} if numerics.llama3 is None else {"rope_type": "llama3", **numerics.llama3.as_config()}
+        llama3 = {} if numerics.llama3 is None else {"rope_type": "llama3", **dict(zip(LLAMA3_KEYS, astuple(numerics.llama3)))}
         config = dict(intermediate_size=s.d_expert if s.is_moe else s.d_ff, hidden_act="silu", sliding_window=s.window,
                       rms_norm_eps=numerics.norm_eps,
                       rope_parameters={"rope_theta": numerics.rope_base, "rope_type": "default", **llama3})
-    table = huggingface.FAMILIES[family].items()
-    named = {look.name: getattr(s, field) for field, look in table if isinstance(look, huggingface.Key)}
+    looked_up = {field: entry for field, entry in huggingface.FAMILIES[family].items() if isinstance(entry, dict)}
+    named = {entry["key"]: getattr(s, field) for field, entry in looked_up.items() if "key" in entry}
     config = {"model_type": family, **named, **config}
     again = ModelSpec.from_hf(config).with_(name=s.name, d_ff=s.d_ff)
     different = [f for f in s.__dataclass_fields__ if getattr(again, f) != getattr(s, f)]

@@ -2,19 +2,11 @@
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from gpt4lib.specs.checks import require_known
-
-
-def positive(name: str, value: Any) -> float:
-    """The value, if it is a finite number > 0; ValueError with its name otherwise. Strings are not read as numbers."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise ValueError(f"{name}={value!r} is not accepted; give a finite number > 0")
-    return value
+from gpt4lib.specs.checks import positive, require, require_known
 
 
 @dataclass(frozen=True)
@@ -29,21 +21,14 @@ class Llama3Rope:
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             positive(name, value)
-        if self.low_freq_factor >= self.high_freq_factor:
-            raise ValueError(f"low_freq_factor={self.low_freq_factor!r} is not accepted; "
-                             f"give a number below high_freq_factor={self.high_freq_factor!r}")
+        require(self.low_freq_factor < self.high_freq_factor, f"low_freq_factor={self.low_freq_factor!r} is not accepted; "
+                f"give a number below high_freq_factor={self.high_freq_factor!r}")
 
     def stretch(self, rates: Tensor) -> Tensor:
         """Rates whose wavelength exceeds original / low are divided by factor, those under original / high kept."""
         turns = self.original_context * rates / (2 * math.pi)
         kept = ((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
         return rates * (kept + (1 - kept) / self.factor)
-
-    def as_config(self) -> dict[str, float]:
-        """In the words of a Hugging Face config."""
-        values = asdict(self)
-        values["original_max_position_embeddings"] = values.pop("original_context")
-        return values
 
 
 @dataclass(frozen=True)

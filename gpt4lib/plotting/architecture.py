@@ -28,7 +28,7 @@ def parameter_bar(models: Mapping[str, Mapping[str, int]], active: Mapping[str, 
     longest = max(sum(parts.values()) for parts in models.values())
     figure, axes = style.canvas(1.42 * len(models), left=0.05, right=0.05, bottom=0.02, top=0.02)
     axes.set(xlim=(0, longest), ylim=(len(models), 0))
-    style.bare(axes)
+    axes.set_axis_off()
     for row, (name, parts) in enumerate(models.items()):
         total = sum(parts.values())
         axes.text(0, row + 0.18, f"{name}: {fmt.count(total)}", weight="bold", ha="left", va="baseline")
@@ -67,7 +67,7 @@ def block_diagram(spec: ModelSpec, layer: int = 0) -> Figure:
     moe = spec.is_moe_layer(layer)
     figure, axes = style.canvas(3.9, left=0.05, right=0.05, bottom=0.05, top=0.05)
     axes.set(xlim=(0, 100), ylim=(8, 84))
-    style.bare(axes)
+    axes.set_axis_off()
     _arrow(axes, 50, 84, 75, f"one token: {spec.d_model:,} channels", "activations")
     for x, (above, below), color in zip((2, 52), _attention_words(spec), (style.ATTENTION, style.COLORS["kv_cache"])):
         _box(axes, x, 62, 46, 13, above, color, below)

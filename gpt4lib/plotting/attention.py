@@ -21,7 +21,7 @@ def head_sharing(specs: Mapping[str, ModelSpec]) -> Figure:
         raise ValueError(f"specs {list(specs)} cannot be drawn; give at least one, without latent attention and with "
                          f"at most {MOST} query heads each")
     figure, axes = style.canvas(2.3, left=1.15, right=0.05, bottom=0.05, top=0.05)
-    style.bare(axes)
+    axes.set_axis_off()
     axes.set(xlim=(0, len(specs)), ylim=(0, 1))
     rows = {"queries": 0.72, "keys, values": 0.36, "in a layer": 0.08}
     for words, y in rows.items():

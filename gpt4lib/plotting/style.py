@@ -17,18 +17,10 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from gpt4lib import format as fmt
+from gpt4lib.specs import registry
 
-# Every hue keeps a contrast of 3:1 or more on white and on the dark page (#121212), and the hues
-# stay apart for deuteranopes and protanopes; a mark is still always labelled in words beside it.
-COLORS = {
-    "weights": "#1f5fe0",
-    "activations": "#1fa77b",
-    "kv_cache": "#c08a1e",
-    "optimizer": "#8f62d2",
-    "communication": "#994494",
-    "compute": "#795f09",
-    "failure": "#db4858",
-}
+TABLE = registry.read("gpt4lib.plotting", "style.toml")
+COLORS = TABLE["colors"]            # a meaning -> its hue
 ATTENTION, EXPERTS = COLORS["weights"], "#5a90ee"   # two shades of weights, never of anything else
 PASSES = {"F": ("#a9924a", "#9b9176"), "B": ("#795f09", "#6e664a")}    # tones of compute; even and odd chunks
 GREY = "#797b80"        # text and axes: 4.2:1 on white, 4.4:1 on #121212; 4.33 is the best for both
@@ -37,15 +29,10 @@ TEXT = 12.0             # points; the smallest text any figure may use
 DOTTED = {"color": GREY, "linewidth": 1.2, "linestyle": (0, (1, 2))}      # a line that is no curve: a target, a limit
 
 RC = {
-    "svg.fonttype": "none", "svg.hashsalt": "gpt4lib", "axes.unicode_minus": False, "path.simplify": False,
-    "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans", "Helvetica", "Arial"], "lines.linewidth": 2.0,
+    **TABLE["rc"], "figure.figsize": (WIDTH, 3.0), "savefig.bbox": None,
     **dict.fromkeys(("font.size", "axes.labelsize", "axes.titlesize", "xtick.labelsize", "ytick.labelsize"), TEXT),
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), GREY),
-    **dict.fromkeys(("axes.facecolor", "figure.facecolor", "savefig.facecolor"), "none"),
     "axes.prop_cycle": cycler(color=[COLORS[m] for m in COLORS if m != "failure"]),
-    "axes.spines.top": False, "axes.spines.right": False, "xtick.major.pad": 6, "ytick.major.pad": 6,
-    "figure.figsize": (WIDTH, 3.0), "figure.dpi": 96, "savefig.bbox": None,
-    "figure.autolayout": False, "figure.constrained_layout.use": False,
 }
 SAVE = {"format": "svg", "metadata": {"Date": None, "Creator": None}, "bbox_inches": None}
 
@@ -95,11 +82,6 @@ def ticks(axis: Axis, values: Sequence[float], show: Callable[[float], str] = sh
     """Ticks at exactly these values, written by `show`."""
     axis.set_ticks(values, [show(value) for value in values])
     axis.set_ticks([], minor=True)
-
-
-def bare(axes: Axes) -> None:
-    """Take away an axes' frame and ticks: for diagrams, and bars that carry their own numbers."""
-    axes.set_axis_off()
 
 
 def svg(figure: Figure) -> str:

@@ -1,5 +1,7 @@
 """Checks that pass in silence, or say in one line what was given, what is accepted and the fix."""
 
+import math
+from numbers import Real
 from typing import Any, Collection
 
 
@@ -14,6 +16,13 @@ def require_counts(owner: Any, least: int, *names: str, prefix: str = "") -> Non
         value = getattr(owner, name)
         if type(value) is not int or value < least:
             raise ValueError(f"{prefix}{name}={value!r} is not accepted; give an integer >= {least}")
+
+
+def positive(name: str, value: Any) -> float:
+    """The value, if it is a finite number > 0; ValueError with its name otherwise. Strings are not read as numbers."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
+        raise ValueError(f"{name}={value!r} is not accepted; give a finite number > 0")
+    return value
 
 
 def require_known(name: str, value: Any, accepted: Collection[str]) -> None:

@@ -1,26 +1,19 @@
 """What a device and a cluster *are*: dense peaks, memory, links; SI units as plain numbers."""
 
-import math
 import os
 from dataclasses import dataclass, field, replace
-from typing import Any, Mapping
+from typing import Mapping
 
 from gpt4lib.specs import registry
-from gpt4lib.specs.checks import require, require_counts
+from gpt4lib.specs.checks import positive, require, require_counts
 
 DTYPE_BYTES = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "int8": 1, "fp4": 0.5, "int4": 0.5}
 
 
 def dtype_bytes(dtype: str) -> float:
     """Bytes of one number; ValueError names the accepted types."""
-    if dtype not in DTYPE_BYTES:
-        raise ValueError(f"dtype {dtype!r} is not known; accepted: {', '.join(DTYPE_BYTES)}")
+    require(dtype in DTYPE_BYTES, f"dtype {dtype!r} is not known; accepted: {', '.join(DTYPE_BYTES)}")
     return DTYPE_BYTES[dtype]
-
-
-def _positive(owner: str, name: str, value: Any) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
-    require(number, f"{owner}: {name}={value!r} is not accepted; give a positive finite number")
 
 
 @dataclass(frozen=True)
@@ -38,17 +31,16 @@ class DeviceSpec:
 
     def __post_init__(self) -> None:
         for name in ("memory_bytes", "memory_bandwidth", "link_bandwidth", "power_watts"):
-            _positive(self.name, name, getattr(self, name))
+            positive(f"{self.name}: {name}", getattr(self, name))
         require(self.peak, f"{self.name}: peak is empty; give FLOP/s for at least one dtype")
         for dtype, rate in self.peak.items():
             dtype_bytes(dtype)
-            _positive(self.name, f"peak[{dtype}]", rate)
+            positive(f"{self.name}: peak[{dtype}]", rate)
         object.__setattr__(self, "peak", dict(self.peak))    # a preset's table is shared
 
     def peak_flop_rate(self, dtype: str) -> float:
         """Dense FLOP/s for a dtype; ValueError where the device has no such units."""
-        if dtype not in self.peak:
-            raise ValueError(f"{self.name} has no {dtype} peak; accepted: {', '.join(self.peak)}")
+        require(dtype in self.peak, f"{self.name} has no {dtype} peak; accepted: {', '.join(self.peak)}")
         return self.peak[dtype]
 
     @classmethod
@@ -73,7 +65,7 @@ class ClusterSpec:
 
     def __post_init__(self) -> None:
         require_counts(self, 1, "n_devices", "devices_per_node", prefix=f"{self.name}: ")
-        _positive(self.name, "inter_node_bandwidth", self.inter_node_bandwidth)
+        positive(f"{self.name}: inter_node_bandwidth", self.inter_node_bandwidth)
 
     @classmethod
     def preset(cls, name: str) -> "ClusterSpec":

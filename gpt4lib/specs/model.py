@@ -45,6 +45,8 @@ class LatentAttention:
         require_counts(self, 0, "rope_dim", prefix="latent.")
         if self.q_rank is not None:
             require_counts(self, 1, "q_rank", prefix="latent.")
+        if isinstance(self.indexer, Mapping):                # a TOML table
+            object.__setattr__(self, "indexer", Indexer(**self.indexer))
 
 
 @dataclass(frozen=True)
@@ -214,20 +216,12 @@ class ModelSpec:
         """Build from plain values (a TOML table); unknown keys are an error, never ignored."""
         values = dict(values)
         known = {f.name for f in fields(cls)}
-        unknown = sorted(set(values) - known)
-        require(not unknown, f"model {values.get('name')!r}: unknown field(s) {', '.join(unknown)}; "
-                             f"accepted: {', '.join(sorted(known))}")
+        unknown = ", ".join(sorted(set(values) - known))
+        require(not unknown, f"model {values.get('name')!r}: unknown field(s) {unknown}; accepted: {', '.join(sorted(known))}")
         missing = sorted({"name", "n_layers", "d_model", "n_heads", "d_ff", "vocab_size", "context"} - set(values))
         require(not missing, f"model {values.get('name')!r}: missing field(s) {', '.join(missing)}")
-        if isinstance(values.get("latent"), Mapping):
-            latent = dict(values["latent"])
-            if isinstance(latent.get("indexer"), Mapping):
-                latent["indexer"] = Indexer(**latent["indexer"])
-            values["latent"] = LatentAttention(**latent)
-        if isinstance(values.get("linear"), Mapping):
-            values["linear"] = LinearAttention(**values["linear"])
-        values |= {f: tuple(values[f]) for f in ("layer_kinds", "moe_layers") if isinstance(values.get(f), list)}
-        return cls(**values)
+        nested = {"latent": LatentAttention, "linear": LinearAttention}
+        return cls(**values | {f: kind(**values[f]) for f, kind in nested.items() if isinstance(values.get(f), Mapping)})
 
     @classmethod
     def preset(cls, name: str) -> "ModelSpec":

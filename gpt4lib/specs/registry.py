@@ -1,16 +1,14 @@
-"""The presets: models, devices and clusters in TOML, each number with its source and status."""
+"""The tables in TOML; among them the presets, models, devices and clusters, each number with its source and status."""
 
 import tomllib
-from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
-from typing import Any
+from typing import Any, NamedTuple
 
 STATUSES = ("published", "reported", "inferred")
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """Where a number comes from: `status` is published (paper, datasheet), reported (rumour, leak,
     press) or inferred (solved for here)."""
     status: str
@@ -18,17 +16,18 @@ class Source:
 
 
 @lru_cache(maxsize=None)
-def _tables(kind: str) -> dict[str, dict[str, Any]]:
-    return tomllib.loads(resources.files("gpt4lib.specs").joinpath("presets", f"{kind}.toml").read_text("utf8"))
+def read(package: str, file: str) -> dict[str, Any]:
+    """A TOML file that lies in a package of the library; shared, so not to be changed."""
+    return tomllib.loads(resources.files(package).joinpath(file).read_text("utf8"))
 
 
 def names(kind: str) -> tuple[str, ...]:
     """The preset names of a kind ("models", "devices", "clusters"), in the order of the file."""
-    return tuple(_tables(kind))
+    return tuple(read("gpt4lib.specs", f"presets/{kind}.toml"))
 
 
 def _table(kind: str, name: str) -> dict[str, Any]:
-    tables = _tables(kind)
+    tables = read("gpt4lib.specs", f"presets/{kind}.toml")
     if name not in tables:
         raise ValueError(f"{kind.removesuffix('s')} {name!r} is not a preset; accepted: {', '.join(tables)}")
     return tables[name]

@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-from gpt4lib.specs.checks import require_counts, require_known
-from gpt4lib.specs.hardware import ClusterSpec
+from gpt4lib.specs.checks import require, require_counts, require_known
 from gpt4lib.specs.model import ModelSpec
 
 RECOMPUTE = ("none", "selective", "full")
@@ -46,8 +45,8 @@ class ParallelPlan:
             raise ValueError(f"sequence_parallel={self.sequence_parallel!r} is not accepted; give True or False")
         if self.dp % self.ep:
             raise ValueError(f"dp={self.dp} is not divisible by ep={self.ep}; experts are spread over data-parallel ranks")
-        if self.shard is not None and (type(self.shard) is not int or self.shard < 1
-                                       or self.dp % self.shard or self.zero_stage < 3 or self.ep > 1):
+        divides = type(self.shard) is int and self.shard >= 1 and self.dp % self.shard == 0
+        if self.shard is not None and not (divides and self.zero_stage == 3 and self.ep == 1):
             raise ValueError(f"shard={self.shard!r} is not accepted; give a divisor of dp={self.dp} with zero_stage 3 and ep 1")
 
     @property
@@ -59,13 +58,6 @@ class ParallelPlan:
         """Sequences in one optimizer step, over all replicas."""
         return self.micro_batch * self.n_micro_batches * self.dp
 
-    def check_cluster(self, cluster: ClusterSpec) -> None:
-        """ValueError, one line, if the cluster has too few devices for this plan."""
-        if self.n_devices > cluster.n_devices:
-            cp = f" x cp={self.cp}" if self.cp > 1 else ""
-            raise ValueError(f"tp={self.tp} x pp={self.pp} x dp={self.dp}{cp} needs {self.n_devices:,} devices, "
-                             f"cluster {cluster.name} has {cluster.n_devices:,}; lower one of the degrees")
-
     def check(self, spec: ModelSpec) -> None:
         """ValueError, one line, if this plan cannot hold the model."""
         split = {"n_heads": spec.n_heads, "d_ff": spec.d_ff if spec.n_dense_layers else 0,
@@ -73,8 +65,7 @@ class ParallelPlan:
         if "linear" in spec.layer_kinds:
             split |= {"linear.n_key_heads": spec.linear.n_key_heads, "linear.n_value_heads": spec.linear.n_value_heads}
         for name, value in split.items():
-            if value % self.tp:
-                raise ValueError(f"{name}={value} is not divisible by tp={self.tp}; choose a tp that divides it")
+            require(value % self.tp == 0, f"{name}={value} is not divisible by tp={self.tp}; choose a tp that divides it")
         if spec.latent is None and spec.n_kv_heads % self.tp and self.tp % spec.n_kv_heads:
             raise ValueError(f"n_kv_heads={spec.n_kv_heads} neither divides nor is divided by tp={self.tp}; "
                              f"key/value heads are split or copied evenly")

@@ -97,10 +97,8 @@ def refusals():
                          (BATCH[:3], "a batch of 3 is not micro_batch=4 x n_micro_batches=1 x dp=1")):
         with pytest.raises(ValueError, match=words):
             it.step(batch)
-    for how, words in ((dict(plan=ParallelPlan(zero_stage=3), gradient_dtype=torch.bfloat16), "gradient_dtype=torch.bfloat16"),
-                       (dict(plan=ParallelPlan(), bucket_bytes=0), "bucket_bytes=0")):
-        with pytest.raises(ValueError, match=words):
-            trainer(**how)
+    with pytest.raises(ValueError, match="bucket_bytes=0"):
+        trainer(ParallelPlan(), bucket_bytes=0)
     torch.manual_seed(5)
     first = torch.rand(3)
     torch.manual_seed(5)
