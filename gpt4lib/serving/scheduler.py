@@ -109,8 +109,11 @@ class Scheduler:
         for member in (sequence, *sequence.forks):
             member.finished = reason
         self._release(sequence)
-        if sequence not in self.running:
+        if sequence in self.waiting:
             self.waiting.remove(sequence)
+        elif sequence not in self.running:                 # it waited for the prompt of another
+            for first in (*self.waiting, *self.running):
+                first.forks = [s for s in first.forks if s is not sequence]
         elif self.continuous or all(s.finished for s in self.running):         # static batches end together
             self.running = [s for s in self.running if not s.finished]
 
