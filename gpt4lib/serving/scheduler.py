@@ -109,8 +109,11 @@ class Scheduler:
         for member in (sequence, *sequence.forks):
             member.finished = reason
         self._release(sequence)
-        if sequence not in self.running:
+        if sequence in self.waiting:
             self.waiting.remove(sequence)
+        elif sequence not in self.running:                 # it waited for the prompt of another
+            for first in (*self.waiting, *self.running):
+                first.forks = [s for s in first.forks if s is not sequence]
         elif self.continuous or all(s.finished for s in self.running):         # static batches end together
             self.running = [s for s in self.running if not s.finished]
 
@@ -155,22 +158,19 @@ class Scheduler:
 
     def _extend(self, sequence: Sequence, step: Step) -> bool:
         """Room for one more token, and a tail of its own to write it to; False if the sequence itself had to give way."""
-        at = sequence.n_computed // self.pool.block_size
-        shared = at < len(sequence.blocks) and self.pool.references(sequence.blocks[at]) > 1
-        if at < len(sequence.blocks) and not shared:
-            return True
-        while not self.pool.n_free:
-            last = next(s for s in reversed(self.running) if s.blocks)
-            self._preempt(last, step)
-            if last is sequence:
-                return False
-        block = self.pool.allocate()
-        if shared:                                         # copy on write: others go on reading the old tail
-            step.copies.append((sequence.blocks[at], block))
-            self.pool.release(sequence.blocks[at])
-            sequence.blocks[at] = block
-        else:
-            sequence.blocks.append(block)
+        pool, blocks, at = self.pool, sequence.blocks, sequence.n_computed // self.pool.block_size
+        while at == len(blocks) or pool.references(blocks[at]) > 1:            # who gives way may have shared the tail
+            if not pool.n_free:
+                last = next(s for s in reversed(self.running) if s.blocks)
+                self._preempt(last, step)
+                if last is sequence:
+                    return False
+            elif at == len(blocks):
+                blocks.append(pool.allocate())
+            else:                                          # copy on write: others go on reading the old tail
+                step.copies.append((blocks[at], pool.allocate()))
+                pool.release(blocks[at])
+                blocks[at] = step.copies[-1][1]
         return True
 
     def _preempt(self, sequence: Sequence, step: Step) -> None:
