@@ -53,12 +53,12 @@ class Ours:
     """An LLM made anew for every call, so that no call finds another's blocks."""
 
     def __init__(self, model: Transformer, batch: int, **options) -> None:
-        self.model, self.options = model, {"max_running": batch, "max_tokens": BUDGET, "kv_bytes": 40e9 if CUDA else 1e9, **options}
+        self.model, self.options = model, {"max_running": batch, "max_batched_tokens": BUDGET, "kv_bytes": 40e9 if CUDA else 1e9, **options}
 
     def __call__(self, prompts, lengths) -> list[list[int]]:
         self.llm = LLM(self.model, **self.options)
         self.timeline = Timeline(self.llm.engine.scheduler)
-        self.llm.engine.observe = self.timeline.record
+        self.llm.engine.on_step = self.timeline.record
         outputs = self.llm.generate(prompts, [SamplingParams(max_tokens=n) for n in lengths], progress=False)
         return [o.answers[0].generated for o in outputs]
 
@@ -158,7 +158,7 @@ def batch_sizes(ours: Transformer, limit: dict[str, float]) -> list[dict]:
     read_once = sum(p.nbytes for p in weights) - ours.embedding.weight.nbytes
     products = sum(p.numel() for p in weights if p.dim() == 2) - ours.embedding.weight.numel()
     for batch in BATCHES:
-        llm = LLM(ours, max_running=batch, max_tokens=max(BUDGET, batch), kv_bytes=40e9 if CUDA else 1e9)
+        llm = LLM(ours, max_running=batch, max_batched_tokens=max(BUDGET, batch), kv_bytes=40e9 if CUDA else 1e9)
         for prompt in mix(batch)[0]:
             llm.engine.add([*prompt, *[1] * 200][:200], SamplingParams(max_tokens=80))
         while any(s.n_tokens - s.n_computed > 1 for s in llm.engine.scheduler.running) or llm.engine.scheduler.waiting:

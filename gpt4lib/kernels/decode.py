@@ -52,10 +52,11 @@ def by_length(q: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor, length
         if not (longest := host[group[0]]):
             continue                                                  # empty seats
         rows = torch.tensor(group, device=q.device)
-        pages = table[rows, :-(-longest // page)].long()
-        k, v = (pool[pages].flatten(1, 2)[:, :longest].transpose(1, 2) for pool in (k_pages, v_pages))
+        first = 0 if window is None else max(host[group[-1]] - q.shape[2] - window + 1, 0) // page     # no earlier page is seen
+        pages = table[rows, first:-(-longest // page)].long()
+        k, v = (pool[pages].flatten(1, 2)[:, :longest - first * page].transpose(1, 2) for pool in (k_pages, v_pages))
         query = lengths[rows, None] - q.shape[2] + torch.arange(q.shape[2], device=q.device)        # [rows, n_queries]
-        key = torch.arange(longest, device=q.device)
+        key = torch.arange(first * page, longest, device=q.device)
         seen = key <= query[..., None]                                # [rows, n_queries, keys]
         if window is not None:
             seen &= key > query[..., None] - window

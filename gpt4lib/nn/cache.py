@@ -1,6 +1,7 @@
 """The key/value cache: what a sequence keeps so that each new token costs one forward pass of one token."""
 
 import copy
+from array import array
 from typing import Callable, Sequence
 
 import torch
@@ -104,9 +105,20 @@ class Pages:
                 pool[:, new] = pool[:, old]
 
     def clear(self, pages: list[int]) -> None:
-        """Zero these pages: a NaN left in one would reach who owns it next, for 0 times NaN is NaN."""
-        for pool in self.pools:
-            pool[:, pages] = 0
+        """Zero these pages. Done when a page changes hands: rows not written yet are read where sequences are padded to
+        equal length, and a masked NaN is still NaN, for it is multiplied by zero."""
+        if pages:
+            for pool in self.pools:
+                pool[:, pages] = 0
+
+
+def page_table(owned: Sequence[Sequence[int]], width: int, spare: int) -> Tensor:
+    """int32 [len(owned), width] on the host: each sequence's pages, cut or padded with a page that nobody's tokens stand in."""
+    flat = array("i")
+    for pages in owned:
+        flat.extend(pages[:width])
+        flat.extend([spare] * (width - len(pages)))
+    return torch.frombuffer(flat, dtype=torch.int32).view(len(owned), width).clone()
 
 
 class PagedKVCache:
@@ -150,7 +162,7 @@ class PagedKVCache:
         """Write the new keys and values into their pages, and attend to each sequence's own; shapes as in
         `kernels.attention.attention`, in the dtype of q. Sinks are refused when the cache is made."""
         where, size = self.positions(q.shape[2], q.device), self.pages.page_size             # [batch, n_tokens]
-        self.pages.write(layer, self.table.long().gather(1, where // size), where % size, k, v)
+        self.pages.write(layer, self.table.gather(1, where // size).long(), where % size, k, v)
         keys, values = (pool[layer] for pool in self.pages.pools)
         return decode.paged_attention(q.to(keys.dtype), keys, values, self.table, self.lengths + q.shape[2],
                                       window=window).to(q.dtype)
@@ -172,13 +184,13 @@ class RaggedKVCache:
     def __init__(self, pages: Pages, pieces: Sequence[tuple[Sequence[int], int, int]], spare: int) -> None:
         self.pages, device, size = pages, pages.device, pages.page_size
         widest = max(-(-stop // size) for _, _, stop in pieces)
-        self.table = torch.tensor([[*owned[:widest], *[spare] * (widest - len(owned))] for owned, _, _ in pieces],
-                                  dtype=torch.int32, device=device)
-        starts, stops = (torch.tensor(ends, device=device) for ends in zip(*((a, b) for _, a, b in pieces)))
-        n, self.lengths = stops - starts, stops.int()
-        row = torch.arange(len(pieces), device=device).repeat_interleave(n)
-        self._where = torch.arange(len(row), device=device) - (n.cumsum(0) - n - starts)[row]        # [total]
-        self._page = self.table[row, self._where // size].long()
+        table = page_table([owned for owned, _, _ in pieces], widest, spare)
+        starts, stops = (torch.tensor(ends) for ends in zip(*((a, b) for _, a, b in pieces)))
+        n = stops - starts
+        row = torch.arange(len(pieces)).repeat_interleave(n)
+        where = torch.arange(len(row)) - (n.cumsum(0) - n - starts)[row]                    # on the host: no wait for a GPU
+        self.table, self.lengths = table.to(device), stops.int().to(device)
+        self._where, self._page = where.to(device), table[row, where // size].long().to(device)         # [total]
         self._end = max(stop for _, _, stop in pieces)
         self._pieces, self._groups, offset = [], {}, 0                  # (first token, n, length) of each; see _group
         for i, (_, start, stop) in enumerate(pieces):

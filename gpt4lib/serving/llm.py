@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
-from typing import AsyncIterator, NamedTuple, Sequence
+from typing import AsyncIterator, Callable, NamedTuple, Sequence
 
 from tqdm import tqdm
 
@@ -27,32 +27,31 @@ class Output:
 
 
 class Piece(NamedTuple):
-    """What is new in one answer of a stream; `finished` says why it was the last piece."""
+    """What is new in one answer of a stream; `finish_reason` says why it was the last piece."""
     index: int
     tokens: list[int]
     text: str
-    finished: str | None
+    finish_reason: str | None
 
 
 class LLM:
-    """A model ready to serve. kv_bytes bounds the memory of the key/value cache; the rest goes to `Engine`.
+    """A model ready to serve. kv_bytes is the memory of the key/value cache, allocated at once; the rest goes to `Engine`.
 
-    Text needs a tokenizer: anything with encode and decode; a model of 256 tokens is taken to speak bytes.
+    Text needs a tokenizer: anything with encode and decode; a model of 256 tokens is taken to speak bytes. Latent attention and
+    sinks are computed one sequence at a time.
     """
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer | None = None, kv_bytes: float = 2**30, block_size: int = 16,
-                 max_running: int = 64, **engine) -> None:
+    def __init__(self, model: Transformer, tokenizer: Tokenizer | None = None, kv_bytes: float = 2**28, block_size: int = 16,
+                 **engine) -> None:
         if tokenizer is None and model.spec.vocab_size == VOCAB_SIZE:
             tokenizer = Bytes()
         spec, dtype = model.spec, engine.get("cache_dtype") or next(model.parameters()).dtype
         width = 2 * spec.kv_width if spec.latent is None else spec.latent.kv_rank + spec.latent.rope_dim
         block_bytes = spec.n_layers * width * block_size * dtype.itemsize
-        useful = max_running * -(-spec.context // block_size)                  # more would never be filled
-        n_blocks = min(useful, int(kv_bytes // block_bytes) - 1)               # one is the executor's
+        n_blocks = int(kv_bytes // block_bytes) - 1                            # one is the executor's
         require(n_blocks > 0, f"kv_bytes={kv_bytes:.0f} holds no block; give at least {2 * block_bytes}, two blocks of {block_size} tokens")
-        self.engine = Engine(model, n_blocks, block_size, max_running, tokenizer=tokenizer, **engine)
-        self._news: dict[Answer, asyncio.Event] = {}
-        self._turn = asyncio.Lock()                        # to change the engine, between two of its steps
+        self.engine = Engine(model, n_blocks, block_size, tokenizer=tokenizer, **engine)
+        self._readers: dict[Answer, Callable[[], None]] = {}                   # answer -> hand on what is new in it
         self._driver: asyncio.Task | None = None
 
     def _encode(self, prompt: Prompt) -> Sequence[int]:
@@ -65,21 +64,25 @@ class LLM:
                  progress: bool | None = None) -> list[Output]:
         """Answer all prompts, in order; params for all or for each. progress None shows a bar on a terminal.
 
-        A prompt that cannot be answered has its `error`, and the others do not notice.
+        A prompt that cannot be answered has its `error`, and the others do not notice. Not while streams are open.
         """
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
         require(not isinstance(prompts, str) and len(each) == len(prompts),
                 f"{len(each)} params for {len(prompts)} prompts; give a list of prompts, and one for all or one for each")
+        require(self._driver is None or self._driver.done(), "generate cannot run beside open streams; stream these prompts too")
         outputs = [Output(prompt) for prompt in prompts]
-        for output, p in zip(outputs, each):
-            try:
-                output.answers = self.engine.add(self._encode(output.prompt), p)
-            except ValueError as error:
-                output.error = str(error)
-        mine = {a for output in outputs for a in output.answers}
-        with tqdm(total=len(mine), unit="answers", disable=None if progress is None else not progress) as bar:
-            while not all(a.finished for a in mine):
-                bar.update(sum(1 for a in self.engine.step() if a.finished and a in mine))
+        try:
+            for output, p in zip(outputs, each):
+                try:
+                    output.answers = self.engine.add(self._encode(output.prompt), p)
+                except Exception as error:                 # also what a tokenizer may raise
+                    output.error = str(error) or type(error).__name__
+            mine = {a for output in outputs for a in output.answers}
+            with tqdm(total=len(mine), unit="answers", disable=None if progress is None else not progress) as bar:
+                while not all(a.finish_reason for a in mine):
+                    bar.update(sum(1 for a in self.engine.step() if a.finish_reason and a in mine))
+        finally:                                           # after Ctrl-C nothing of this goes on in the next call
+            self.engine.cancel([a for output in outputs for a in output.answers])
         return outputs
 
     async def stream(self, prompt: Prompt, params: SamplingParams = SamplingParams(), priority: int = 0) -> AsyncIterator[Piece]:
@@ -87,44 +90,45 @@ class LLM:
 
         Raises ValueError where the prompt cannot be answered, RuntimeError where an answer fails.
         """
-        async with self._turn:
-            answers = self.engine.add(self._encode(prompt), params, priority)
-        news = asyncio.Event()
-        self._news.update(dict.fromkeys(answers, news))
+        answers = self.engine.add(self._encode(prompt), params, priority)
+        pieces: asyncio.Queue[tuple[Piece, str | None]] = asyncio.Queue()
+        for i, answer in enumerate(answers):
+            self._readers[answer] = self._reader(i, answer, pieces)
         if self._driver is None or self._driver.done():
             self._driver = asyncio.create_task(self._drive())
-        shown, open_ = [(0, 0)] * len(answers), set(range(len(answers)))
         try:
-            while open_:
-                await news.wait()
-                news.clear()
-                for i in sorted(open_):
-                    answer, (tokens, letters) = answers[i], shown[i]
-                    if answer.error:
-                        raise RuntimeError(answer.error)
-                    piece = Piece(i, answer.generated[tokens:], answer.text[letters:], answer.finished)
-                    shown[i] = len(answer.generated), len(answer.text)
-                    if answer.finished:
-                        open_.remove(i)
-                    if piece.tokens or piece.finished:
-                        yield piece
+            unfinished = len(answers)
+            while unfinished:
+                piece, error = await pieces.get()
+                if error:
+                    raise RuntimeError(error)
+                unfinished -= piece.finish_reason is not None
+                yield piece
         finally:
             for answer in answers:
-                del self._news[answer]
-            async with self._turn:
-                self.engine.cancel(answers)
+                self._readers.pop(answer, None)
+            self.engine.cancel(answers)
+
+    def _reader(self, index: int, answer: Answer, pieces: asyncio.Queue) -> Callable[[], None]:
+        """A call that puts what has come since the last into `pieces`."""
+        tokens = letters = 0
+
+        def read() -> None:
+            nonlocal tokens, letters
+            piece = Piece(index, answer.generated[tokens:], answer.text[letters:], answer.finish_reason)
+            tokens, letters = len(answer.generated), len(answer.text)
+            if piece.tokens or piece.finish_reason:
+                pieces.put_nowait((piece, answer.error))
+            if piece.finish_reason:
+                del self._readers[answer]
+        return read
 
     async def _drive(self) -> None:
-        """Step the engine, in a thread, as long as there is work."""
-        while self.engine.work:
-            async with self._turn:
-                try:
-                    answers = await asyncio.to_thread(self.engine.step)
-                except Exception as error:                 # the step itself failed: every stream is told
-                    answers = list(self._news)
-                    for answer in answers:
-                        answer.error = f"the engine failed: {error}"
-                    self.engine.cancel(answers)
-            for answer in answers:
-                if answer in self._news:
-                    self._news[answer].set()
+        """Step the engine in a thread as long as anybody reads, and read only between two steps."""
+        while self._readers:
+            try:
+                await asyncio.to_thread(self.engine.step)
+            except Exception:                              # whoever took part has it as an error of its own
+                pass
+            for read in list(self._readers.values()):
+                read()

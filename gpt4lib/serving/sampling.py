@@ -18,8 +18,10 @@ class SamplingParams:
     """How one request is answered. temperature 0 takes the likeliest token; top_k, top_p and min_p leave the k likeliest,
     the fewest that together reach p, and those at least min_p times as likely as the likeliest (None, 1 and 0: all);
     repetition_penalty > 1 makes tokens seen before less likely (Keskar et al. 2019, arXiv:1909.05858, section 4.1).
-    max_tokens, stop_tokens and stop (strings) end the answer; n answers share the prompt's cache; logprobs asks for the
-    logarithms of that many likeliest tokens' probabilities before any of this; the same seed gives the same answer.
+    max_tokens, stop_tokens (None: the tokenizer's eos_token_id, if it has one) and stop (strings) end the answer; n answers
+    share the prompt's cache; logprobs asks for the logarithms of that many likeliest tokens' probabilities before any of
+    this. From the same logits the same seed draws the same tokens; logits of fp32 and less differ in their last bits with
+    what else is in the batch.
     """
     temperature: float = 0.0
     top_k: int | None = None
@@ -27,7 +29,7 @@ class SamplingParams:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     max_tokens: int = 128
-    stop_tokens: Collection[int] = ()
+    stop_tokens: Collection[int] | None = None
     stop: Collection[str] = ()
     n: int = 1
     logprobs: int | None = None
@@ -42,9 +44,10 @@ class SamplingParams:
             require(type(value) in (int, float) and good(value), f"{name}={value!r} is not accepted; give {accepted}")
         require_counts(self, 1, "max_tokens", "n", *(["top_k"] if self.top_k is not None else []))
         require_counts(self, 0, *(["logprobs"] if self.logprobs is not None else []))
+        require(self.seed is None or type(self.seed) is int, f"seed={self.seed!r} is not accepted; give an integer, or None")
         require(not isinstance(self.stop, str) and all(type(s) is str and s for s in self.stop),
                 f"stop={self.stop!r} is not accepted; give a collection of strings that are not empty")
-        require(not isinstance(self.stop_tokens, (str, int)) and all(type(t) is int for t in self.stop_tokens),
+        require(self.stop_tokens is None or not isinstance(self.stop_tokens, (str, int)) and all(type(t) is int for t in self.stop_tokens),
                 f"stop_tokens={self.stop_tokens!r} is not accepted; give a collection of token ids")
 
     @property
@@ -52,14 +55,10 @@ class SamplingParams:
         return self.top_k is not None or self.top_p < 1 or self.min_p > 0
 
 
-def penalised(logits: Tensor, seen: Sequence[Collection[int]], params: Sequence[SamplingParams]) -> Tensor:
-    """logits [rows, vocab_size] with the repetition penalty of each row, given the tokens it has seen."""
-    for row, (tokens, p) in enumerate(zip(seen, params)):
-        if p.repetition_penalty != 1:
-            at = torch.tensor(sorted(set(tokens)), device=logits.device)
-            found = logits[row, at]
-            logits[row, at] = torch.where(found > 0, found / p.repetition_penalty, found * p.repetition_penalty)
-    return logits
+def penalised(logits: Tensor, seen: Tensor, penalty: Sequence[float]) -> Tensor:
+    """logits [rows, vocab_size] with the repetition penalty of each row where seen, bool of the same shape, is set."""
+    column = logits.new_tensor(penalty)[:, None]
+    return torch.where(seen, torch.where(logits > 0, logits / column, logits * column), logits)
 
 
 def probabilities(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
@@ -68,7 +67,7 @@ def probabilities(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     Temperature, then top_k, top_p and min_p, in that order, each over what the one before has left, as transformers has
     it; ties are cut by token id. Temperature 0 is the one-hot row of the likeliest token, the first of equals.
     """
-    logits = logits.double() if logits.dtype == torch.float64 else logits.float()
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     column = logits.new_tensor([[p.temperature] for p in params])
     greedy = column == 0
     one_hot = torch.zeros_like(logits).scatter_(1, logits.argmax(-1, keepdim=True), 1)

@@ -38,34 +38,41 @@ class Step(NamedTuple):
 
 
 class Scheduler:
-    """By priority, then first come, first served; `max_running` sequences and `max_tokens` tokens a step at the most.
+    """By priority, then first come, first served; `max_running` sequences and `max_batched_tokens` tokens a step at the most.
 
     Every decoding sequence gets its token in every step; what is left of the budget goes to prompts, in chunks (Agrawal et
-    al. 2024, arXiv:2403.02310). A prompt is admitted when its blocks are free, and one more for each running sequence: so
-    nobody has to give way for block_size steps. When blocks run out after all, the last in rank gives its own up and
-    is computed again later; the first in rank never is, so everybody finishes, except where sequences of better priority
-    never cease to come. continuous=False is static batching: a batch is admitted at once, with room for its longest
-    possible answers, and the next one when all have finished. prefix_cache=False computes every prompt from its start.
+    al. 2024, arXiv:2403.02310). A prompt is admitted when its blocks are free, and one more for each sequence that will then
+    run: so nobody has to give way for block_size steps. When blocks run out after all, the last in rank gives its own up
+    and is computed again later; the first in rank never is, so everybody finishes, except where sequences of better
+    priority never cease to come. Priority decides who is admitted next and who gives way; it takes nobody's seat.
+    continuous=False is static batching, for comparison: a batch is admitted at once, with room for its longest possible
+    answers, its prompts are computed whole in one step, and the next batch begins when all have finished.
+    prefix_cache=False computes every prompt from its start.
     """
 
-    def __init__(self, pool: BlockPool, max_running: int, max_tokens: int = 2048, continuous: bool = True,
+    def __init__(self, pool: BlockPool, max_running: int, max_batched_tokens: int = 2048, continuous: bool = True,
                  prefix_cache: bool = True) -> None:
-        self.pool, self.max_running, self.max_tokens = pool, max_running, max_tokens
+        self.pool, self.max_running, self.max_batched_tokens = pool, max_running, max_batched_tokens
         self.continuous, self.prefix_cache = continuous, prefix_cache
-        require_counts(self, 1, "max_running", "max_tokens")
-        require(max_tokens >= max_running, f"max_tokens={max_tokens} is not accepted; give at least max_running={max_running}, "
-                                           f"a token for every sequence that decodes")
+        require_counts(self, 1, "max_running", "max_batched_tokens")
+        require(max_batched_tokens >= max_running, f"max_batched_tokens={max_batched_tokens} is not accepted; give at least "
+                f"max_running={max_running}, a token for every sequence that decodes")
         self.waiting: list[Sequence] = []             # both in order of rank
         self.running: list[Sequence] = []
         self._arrivals = 0
 
-    def add(self, sequence: Sequence) -> None:
-        """Queue a sequence; ValueError if it could never run."""
+    def check(self, sequence: Sequence) -> None:
+        """ValueError if a sequence could never run."""
         n, seats = len(sequence.prompt) + sequence.max_new_tokens, 1 + len(sequence.forks)
         need = self.pool.blocks_for(n)
         require(need <= self.pool.n_blocks, f"a sequence of {len(sequence.prompt)} + {sequence.max_new_tokens} tokens needs "
                 f"{need} blocks of {self.pool.block_size}, the pool has {self.pool.n_blocks}; shorten it or enlarge the pool")
         require(seats <= self.max_running, f"{seats} samples of one prompt run together, max_running={self.max_running} is less")
+        require(self.continuous or seats == 1, f"{seats} samples of one prompt are not for static batching; give continuous=True")
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence; ValueError if it could never run."""
+        self.check(sequence)
         for member in (sequence, *sequence.forks):
             member.rank = sequence.priority, self._arrivals
             self._arrivals += 1
@@ -74,11 +81,11 @@ class Scheduler:
     def schedule(self) -> Step:
         """The next step; without work when there is nothing to do."""
         step = Step([], [], [])
-        live = [s for s in self.running if not s.finished]
+        live = [s for s in self.running if not s.finish_reason]
         for sequence in live:
             if sequence.n_tokens - sequence.n_computed == 1 and sequence.blocks and self._extend(sequence, step):
                 step.work.append(Work(sequence, sequence.n_computed, sequence.n_tokens))
-        left = self.max_tokens - len(step.work) if self.continuous else 1 << 62
+        left = self.max_batched_tokens - len(step.work) if self.continuous else 1 << 62
         for sequence in live:
             if sequence.blocks and 1 < (rest := sequence.n_tokens - sequence.n_computed) and left:
                 left -= self._compute(sequence, min(rest, left), step)
@@ -107,15 +114,16 @@ class Scheduler:
     def finish(self, sequence: Sequence, reason: str) -> None:
         """End a sequence, running or waiting, and the forks that wait for it; its blocks go."""
         for member in (sequence, *sequence.forks):
-            member.finished = reason
+            member.finish_reason = reason
         self._release(sequence)
-        if sequence in self.waiting:
+        if sequence in self.running:                       # static batches end together
+            if self.continuous or all(s.finish_reason for s in self.running):
+                self.running = [s for s in self.running if not s.finish_reason]
+        elif sequence in self.waiting:
             self.waiting.remove(sequence)
-        elif sequence not in self.running:                 # it waited for the prompt of another
+        else:                                              # it waited for the prompt of another
             for first in (*self.waiting, *self.running):
                 first.forks = [s for s in first.forks if s is not sequence]
-        elif self.continuous or all(s.finished for s in self.running):         # static batches end together
-            self.running = [s for s in self.running if not s.finished]
 
     def _compute(self, sequence: Sequence, n: int, step: Step) -> int:
         step.work.append(Work(sequence, sequence.n_computed, sequence.n_computed + n))
@@ -141,13 +149,13 @@ class Scheduler:
 
     def _admit(self, sequence: Sequence) -> bool:
         """Take a seat for it and its forks and the blocks of its prompt; False where they are not to be had."""
-        live = sum(1 + len(s.forks) for s in self.running)
-        if live + 1 + len(sequence.forks) > self.max_running:
+        seats = sum(1 + len(s.forks) for s in (*self.running, sequence))
+        if seats > self.max_running:
             return False
         pool, cached = self.pool, self._cached(sequence)
         n = sequence.n_tokens if self.continuous else len(sequence.prompt) + sequence.max_new_tokens
         need = pool.blocks_for(n) - sum(pool.references(b) > 0 for b in cached)
-        if need + (len(self.running) if self.continuous else 0) > pool.n_free:
+        if need + (seats if self.continuous and self.running else 0) > pool.n_free:
             return False                                   # nobody overtakes: no sequence starves
         for block in cached:
             pool.share(block)

@@ -26,7 +26,7 @@ class Sequence:
     keys: list[bytes] = field(default_factory=list)      # of its full blocks, as far as they were asked for
     rank: tuple[int, int] = (0, 0)            # priority, then arrival
     preemptions: int = 0
-    finished: str | None = None               # why: length, stop, cancelled, error
+    finish_reason: str | None = None               # why: length, stop, cancelled, error
 
     def __post_init__(self) -> None:
         require(len(self.prompt) > 0, "prompt is empty; give at least one token")

@@ -24,28 +24,31 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer, stop: Collection[str] = ()) -> None:
         self.tokenizer, self.stop, self.text = tokenizer, stop, ""
         self._tokens: list[int] = []
-        self._read = 0           # tokens decoded for good; the few before them are context for those that follow
-        self._context = 0
-        self._held = ""          # decoded, but perhaps the beginning of a stop string
+        self._context = self._read = 0       # tokens before _read are text; those from _context on are read again, for a
+        self._before = ""                    # tokenizer may look back: this is what they gave
+        self._held = ""                      # text, but perhaps the beginning of a stop string
 
     def add(self, token: int) -> bool:
         """Take one more token; True when a stop string is complete."""
         self._tokens.append(token)
-        return not self._decode().endswith("\ufffd") and self._take()           # that end may be half a character
+        end = len(self._tokens)
+        text = self.tokenizer.decode(self._tokens[self._context:])
+        if text.endswith("\ufffd"):                          # a character cut short, of which three bytes at most are there
+            if (end := end - 3) <= self._read:
+                return False
+            text = self.tokenizer.decode(self._tokens[self._context:end])
+        return self._take(text, end)
 
     def flush(self) -> None:
         """No more tokens: give out what was held back."""
-        if not self._take():
+        if not self._take(self.tokenizer.decode(self._tokens[self._context:]), len(self._tokens)):
             self.text, self._held = self.text + self._held, ""
 
-    def _decode(self) -> str:
-        return self.tokenizer.decode(self._tokens[self._context:])
-
-    def _take(self) -> bool:
-        before = self.tokenizer.decode(self._tokens[self._context:self._read])
-        if new := self._decode()[len(before):]:
+    def _take(self, text: str, end: int) -> bool:
+        if new := text[len(self._before):]:
             self._held += new
-            self._context, self._read = self._read, len(self._tokens)
+            self._context, self._read = self._read, end
+            self._before = self.tokenizer.decode(self._tokens[self._context:end])
         found = [at for s in self.stop if (at := self._held.find(s)) >= 0]
         held = max((n for s in self.stop for n in range(1, len(s)) if self._held.endswith(s[:n])), default=0)
         cut = min(found, default=len(self._held) - held)

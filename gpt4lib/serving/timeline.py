@@ -36,7 +36,7 @@ class Timeline:
         running = set(self.scheduler.running)
         self._seats = {s: seat for s, seat in self._seats.items() if s in running}
         for sequence in step.preempted:
-            self.preempted.append((self.steps, self._numbers[sequence]))
+            self.preempted.append((self.steps, self._numbers.setdefault(sequence, len(self._numbers))))
         for work in step.work:
             number = self._numbers.setdefault(work.sequence, len(self._numbers))
             if work.sequence not in self._seats:
@@ -47,7 +47,7 @@ class Timeline:
     @property
     def utilisation(self) -> float:
         """Seats that computed something, as a share of all seats of all steps."""
-        return len(self.slots) / (self.steps * self.scheduler.max_running)
+        return len(self.slots) / max(self.steps * self.scheduler.max_running, 1)
 
     def _repr_svg_(self) -> str:
         from gpt4lib.plotting import serving

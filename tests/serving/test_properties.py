@@ -6,6 +6,7 @@ SCHEDULES=10000 pytest tests/serving/test_properties.py tries so many, a fifth o
 import os
 import random
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -51,13 +52,13 @@ class Schedules(RuleBasedStateMachine):
         self.all, self.memory, self.sound = [], {}, True
 
     def live(self):
-        return [s for s in self.all if not s.finished]
+        return [s for s in self.all if not s.finish_reason]
 
     @rule(prompt=PROMPTS, n=st.integers(1, 9), priority=st.sampled_from([0, 0, 0, -1, 1]), forks=st.sampled_from([0, 0, 1, 2, 5]))
     def add(self, prompt, n, priority, forks):
         room = self.pool.n_blocks * self.size
         prompt = prompt[:room - 1]
-        group = [Sequence(prompt, min(n, room - len(prompt)), priority) for _ in range(min(forks, self.scheduler.max_running - 1) + 1)]
+        group = [Sequence(prompt, min(n, room - len(prompt)), priority) for _ in range(1 + (min(forks, self.scheduler.max_running - 1) if self.scheduler.continuous else 0))]
         first, *first.forks = group
         self.scheduler.add(first)
         self.all += group
@@ -83,13 +84,13 @@ class Schedules(RuleBasedStateMachine):
                     self.step()
             assert not self.live() and not self.scheduler.waiting and not self.scheduler.running
             assert self.pool.n_free == self.pool.n_blocks
-            assert all(len(s.generated) == s.max_new_tokens for s in self.all if s.finished == "length")
+            assert all(len(s.generated) == s.max_new_tokens for s in self.all if s.finish_reason == "length")
             self.met.update(machines=1, sequences=len(self.all), preempting=any(s.preemptions for s in self.all))
 
     def step(self):
         """One step, computed and answered."""
         self.sound = False
-        scheduler, running = self.scheduler, [s for s in self.scheduler.running if not s.finished]
+        scheduler, running = self.scheduler, [s for s in self.scheduler.running if not s.finish_reason]
         decoding = [s for s in running if s.n_tokens - s.n_computed == 1]
         step = scheduler.schedule()
         self.look_at(step, running, decoding)
@@ -104,17 +105,17 @@ class Schedules(RuleBasedStateMachine):
     def look_at(self, step, running, decoding):
         scheduler, work = self.scheduler, {w.sequence: w for w in step.work}
         total = sum(w.stop - w.start for w in step.work)
-        assert len(work) == len(step.work) and (total <= scheduler.max_tokens or not scheduler.continuous)
+        assert len(work) == len(step.work) and (total <= scheduler.max_batched_tokens or not scheduler.continuous)
         for s, start, stop in step.work:
-            assert s in scheduler.running and not s.finished and s.n_computed == start < stop <= s.n_tokens
+            assert s in scheduler.running and not s.finish_reason and s.n_computed == start < stop <= s.n_tokens
             assert all(self.pool.references(b) == 1 for b in s.blocks[start // self.size:-(-stop // self.size)])
             assert len(s.blocks) >= self.pool.blocks_for(stop)
         for s in decoding:
             assert s in step.preempted or work[s][1:] == (s.n_computed, s.n_tokens)
-        kept = [s for s in scheduler.running if not s.finished]
+        kept = [s for s in scheduler.running if not s.finish_reason]
         assert kept and step.work, "nobody goes on"
         if any(s not in work or work[s].stop < s.n_tokens for s in kept):
-            assert total == scheduler.max_tokens                        # who waits for no reason, waits for ever
+            assert total == scheduler.max_batched_tokens                        # who waits for no reason, waits for ever
         if step.preempted:
             assert kept[-1].rank < min(s.rank for s in step.preempted) and set(kept) <= set(running)
         if running and not scheduler.continuous:
@@ -150,18 +151,18 @@ class Schedules(RuleBasedStateMachine):
         scheduler, pool = self.scheduler, self.pool
         used = Counter(b for s in scheduler.running for b in s.blocks)
         assert pool.n_free + len(used) == pool.n_blocks and all(pool.references(b) == used[b] for b in range(pool.n_blocks))
-        assert not any(s.blocks for s in self.all if s.finished or s not in scheduler.running)
+        assert not any(s.blocks for s in self.all if s.finish_reason or s not in scheduler.running)
         for queue in (scheduler.waiting, scheduler.running):
             assert [s.rank for s in queue] == sorted({s.rank for s in queue})
         assert sum(1 + len(s.forks) for s in scheduler.running) <= scheduler.max_running
-        assert not any(s.finished for s in scheduler.waiting)
-        over = [bool(s.finished) for s in scheduler.running]
+        assert not any(s.finish_reason for s in scheduler.waiting)
+        over = [bool(s.finish_reason) for s in scheduler.running]
         assert not over or not (any(over) if scheduler.continuous else all(over))
         placed = [*scheduler.waiting, *scheduler.running]
         placed = {*placed, *(fork for s in placed for fork in s.forks)}
-        assert set(self.live()) == {s for s in placed if not s.finished}
+        assert set(self.live()) == {s for s in placed if not s.finish_reason}
         for s in scheduler.running:
-            for at in range(0 if s.finished else s.n_computed):
+            for at in range(0 if s.finish_reason else s.n_computed):
                 assert self.memory[self.row(s, at)] == tuple(s.tokens(0, at + 1)), "what stands in its blocks is not its own"
         for key, block in pool._block.items():
             rows = [self.memory.get((block, row)) for row in range(self.size)]
@@ -222,10 +223,12 @@ def test_any_engine_answers_as_if_each_request_were_alone():
            st.sampled_from([True, True, True, False]), st.sampled_from([True, True, True, False]))
     @settings(max_examples=max(SCHEDULES // 5, 1), **FIXED)
     def serve(requests, kind, size, more, seats, tokens, continuous, prefix_cache):
+        if not continuous:
+            requests = [(*rest, replace(params, n=1)) for *rest, params in requests]
         n_blocks = max(-(-(len(prompt) + p.max_tokens) // size) for _, prompt, _, _, p in requests) + more
-        engine = Engine(model(kind), n_blocks, size, seats, max_tokens=seats + tokens, continuous=continuous, prefix_cache=prefix_cache)
+        engine = Engine(model(kind), n_blocks, size, seats, max_batched_tokens=seats + tokens, continuous=continuous, prefix_cache=prefix_cache)
         copies, given = [], {}
-        engine.observe = lambda step: copies.extend(step.copies)
+        engine.on_step = lambda step: copies.extend(step.copies)
         for now in range(1000):
             for i, (arrival, prompt, priority, end, params) in enumerate(requests):
                 if arrival == now:
@@ -237,10 +240,10 @@ def test_any_engine_answers_as_if_each_request_were_alone():
         for i, (_, prompt, _, end, params) in enumerate(requests):
             for a, answer in zip(given[i], alone(kind, prompt, params)):
                 assert a.generated == answer[:len(a.generated)], (a, answer)
-                assert a.finished == "length" and len(a.generated) == params.max_tokens or a.finished == "cancelled" and end is not None
+                assert a.finish_reason == "length" and len(a.generated) == params.max_tokens or a.finish_reason == "cancelled" and end is not None
         every = [a for answers in given.values() for a in answers]
         met.update(schedules=1, answers=len(every), tokens=sum(len(a.generated) for a in every), steps=engine.steps,
-                   preempting=any(a.preemptions for a in every), copying=bool(copies), cancelling=any(a.finished == "cancelled" for a in every),
+                   preempting=any(a.preemptions for a in every), copying=bool(copies), cancelling=any(a.finish_reason == "cancelled" for a in every),
                    hitting=any(a.n_cached and not a.preemptions for a in every))
 
     serve()

@@ -59,11 +59,11 @@ def test_half_precision_is_sampled_in_fp32():
 
 
 def test_the_repetition_penalty_is_transformers_own():
-    seen = [[1, 5, 5, 9], [0], list(range(40)), [3], [2, 2], [39]]
-    params = [SamplingParams(repetition_penalty=r) for r in (1.3, 2.0, 1.1, 1, 0.7, 1.5)]
-    ours = penalised(LOGITS.clone(), seen, params)
-    for row, p, tokens in zip(range(6), params, seen):
-        peer = theirs.RepetitionPenaltyLogitsProcessor(float(p.repetition_penalty))(torch.tensor([tokens]), LOGITS[row:row + 1].clone())
+    seen, penalty = [[1, 5, 5, 9], [0], list(range(40)), [3], [2, 2], [39]], [1.3, 2.0, 1.1, 1.0, 0.7, 1.5]
+    mask = torch.tensor([[t in tokens for t in range(40)] for tokens in seen])
+    ours = penalised(LOGITS, mask, penalty)
+    for row, tokens, p in zip(range(6), seen, penalty):
+        peer = theirs.RepetitionPenaltyLogitsProcessor(p)(torch.tensor([tokens]), LOGITS[row:row + 1].clone())
         torch.testing.assert_close(ours[row:row + 1], peer, rtol=0, atol=0)
 
 
@@ -86,7 +86,7 @@ def test_the_ends_of_the_range_never_choose_what_is_impossible(row):
 @pytest.mark.parametrize("name, value", [
     ("temperature", -1.0), ("temperature", float("nan")), ("temperature", "1"), ("temperature", float("inf")), ("top_k", 0),
     ("top_p", 0.0), ("top_p", 1.1), ("min_p", -0.1), ("min_p", 2), ("repetition_penalty", 0), ("max_tokens", 0), ("n", 0),
-    ("logprobs", -1), ("stop", "end"), ("stop", ("",)), ("stop_tokens", 3), ("stop_tokens", ("a",)), ("top_k", 2.0)])
+    ("logprobs", -1), ("stop", "end"), ("stop", ("",)), ("stop_tokens", 3), ("stop_tokens", ("a",)), ("top_k", 2.0), ("seed", 1.5)])
 def test_a_bad_parameter_is_named(name, value):
     with pytest.raises(ValueError, match=name) as error:
         SamplingParams(**{name: value})

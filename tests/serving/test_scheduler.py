@@ -1,4 +1,4 @@
-"""Who runs in the next step: nobody starves, nobody computes twice what is there, continuous is never slower than static."""
+"""Who runs in the next step: nobody starves, and nobody computes what is there already."""
 
 import random
 
@@ -44,12 +44,11 @@ def ranges(step):
 @given(st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20)), min_size=1, max_size=12), st.integers(1, 6))
 @settings(max_examples=200, deadline=None, derandomize=True)
 def test_every_sequence_finishes_and_every_block_returns(lengths, max_running):
-    steps = {}
     for continuous in (True, False):
         added = sequences(*lengths)
-        scheduler = scheduler_for(*added, max_running=max_running, max_tokens=max_running + 3, continuous=continuous)
-        steps[continuous] = play(scheduler)
-        assert all(s.finished == "length" and len(s.generated) == s.max_new_tokens for s in added)
+        scheduler = scheduler_for(*added, max_running=max_running, max_batched_tokens=max_running + 3, continuous=continuous)
+        play(scheduler)
+        assert all(s.finish_reason == "length" and len(s.generated) == s.max_new_tokens for s in added)
         assert not scheduler.running and not scheduler.waiting and scheduler.pool.n_free == TOTAL
 
 
@@ -70,13 +69,13 @@ def test_a_static_batch_reserves_its_longest_possible_answers():
 
 def test_the_budget_goes_to_decodes_first_then_to_prompts_in_chunks():
     a, b, c = sequences((3, 9), (10, 1), (10, 1))
-    scheduler = scheduler_for(a, max_tokens=6)
+    scheduler = scheduler_for(a, max_batched_tokens=6)
     advance(scheduler)
     scheduler.add(b), scheduler.add(c)
     step = advance(scheduler)
     assert [(w.sequence, w.start, w.stop) for w in step.work] == [(a, 3, 4), (b, 0, 5)]
     step = advance(scheduler)
-    assert [(w.sequence, w.start, w.stop) for w in step.work] == [(a, 4, 5), (b, 5, 10)] and b.finished
+    assert [(w.sequence, w.start, w.stop) for w in step.work] == [(a, 4, 5), (b, 5, 10)] and b.finish_reason
     assert ranges(advance(scheduler)) == [(5, 6), (0, 5)]
 
 
@@ -92,7 +91,7 @@ def test_a_request_may_finish_with_its_prompt():
     (a,) = sequences((5, 1))
     scheduler = scheduler_for(a)
     assert ranges(advance(scheduler)) == [(0, 5)]
-    assert a.finished == "length" and scheduler.pool.n_free == TOTAL and not scheduler.schedule().work
+    assert a.finish_reason == "length" and scheduler.pool.n_free == TOTAL and not scheduler.schedule().work
 
 
 @pytest.mark.parametrize("prompt", [4, 8, 9, 3])
@@ -103,7 +102,7 @@ def test_a_fully_cached_prompt_still_computes_its_last_token(prompt):
     advance(scheduler)
     scheduler.add(b)
     cached = (prompt - 1) // 4 * 4
-    assert ranges(advance(scheduler)) == [(cached, prompt)] and b.n_cached == cached and b.finished
+    assert ranges(advance(scheduler)) == [(cached, prompt)] and b.n_cached == cached and b.finish_reason
 
 
 def test_two_identical_prompts_in_one_step_do_not_read_what_is_not_there_yet():
@@ -115,10 +114,10 @@ def test_two_identical_prompts_in_one_step_do_not_read_what_is_not_there_yet():
 
 def test_a_block_is_found_only_when_all_of_it_is_computed():
     a, b = Sequence(list(range(12)), 2), Sequence(list(range(12)), 2)
-    scheduler = scheduler_for(a, max_tokens=6, max_running=2)
+    scheduler = scheduler_for(a, max_batched_tokens=6, max_running=2)
     advance(scheduler)                                              # six tokens: one block full, one half
     scheduler.add(b)
-    scheduler.max_tokens = 100
+    scheduler.max_batched_tokens = 100
     step = scheduler.schedule()
     assert [(w.start, w.stop) for w in step.work if w.sequence is b] == [(4, 12)]
 
@@ -184,10 +183,15 @@ def test_waiting_sequences_are_admitted_by_priority_then_arrival():
 
 
 def test_nobody_is_admitted_who_might_have_to_give_way_at_once():
-    a, b = sequences((16, 4), (12, 4))
-    scheduler = scheduler_for(a, b, n_blocks=7)
-    assert [w.sequence for w in scheduler.schedule().work] == [a]       # 4 blocks, 3 free: b's, but none for a to grow into
-    assert not any(s.preempted for s in play(scheduler_for(*sequences((16, 4), (12, 4)), n_blocks=7)))
+    for shapes, n_blocks, together in (((16, 4), (12, 4)), 8, 1), (((8, 8), (4, 12)), 4, 1), (((16, 4), (12, 4)), 9, 2):
+        scheduler = scheduler_for(*sequences(*shapes), n_blocks=n_blocks)
+        assert len(scheduler.schedule().work) == together               # of what is free each needs one block to grow into
+        assert not any(s.preempted for s in play(scheduler_for(*sequences(*shapes), n_blocks=n_blocks)))
+    (a,) = sequences((16, 4))
+    b = Sequence(list(range(12)), 4, forks=[Sequence(list(range(12)), 4) for _ in range(2)])
+    for n_blocks, together in (10, 1), (11, 2):
+        assert len(scheduler_for(a, b, n_blocks=n_blocks).schedule().work) == together
+        a.blocks, b.blocks, a.n_computed, b.n_computed = [], [], 0, 0
 
 
 def test_forks_share_the_prompt_and_copy_only_a_partial_tail_when_they_write():
@@ -218,14 +222,14 @@ def test_a_cancelled_sequence_leaves_nothing_behind(when):
     (a,) = sequences((10, 5))
     a.forks = [Sequence(a.prompt, 5)]
     fork = a.forks[0]
-    scheduler = scheduler_for(a, max_tokens=6)
+    scheduler = scheduler_for(a, max_batched_tokens=6)
     for _ in range(when):
         advance(scheduler)
     for s in (a, fork):
-        if not s.finished:
+        if not s.finish_reason:
             scheduler.finish(s, "cancelled")
     assert scheduler.pool.n_free == TOTAL and not scheduler.waiting and not scheduler.running
-    assert a.finished == fork.finished == "cancelled"
+    assert a.finish_reason == fork.finish_reason == "cancelled"
 
 
 def test_a_static_batch_keeps_the_seats_of_those_who_are_done():
@@ -255,7 +259,8 @@ def test_a_timeline_gives_free_seats_away_and_notes_who_was_preempted():
     (lambda: Sequence([], 1), "prompt is empty"), (lambda: Sequence([1], 0), "max_new_tokens=0"),
     (lambda: scheduler_for(Sequence([1] * 5, 4), n_blocks=2), "needs 3 blocks of 4, the pool has 2"),
     (lambda: scheduler_for(Sequence([1], 1, forks=[Sequence([1], 1)]), max_running=1), "2 samples of one prompt"),
-    (lambda: scheduler_for(max_running=0), "max_running=0"), (lambda: scheduler_for(max_tokens=3), "max_tokens=3")])
+    (lambda: scheduler_for(max_running=0), "max_running=0"), (lambda: scheduler_for(max_batched_tokens=3), "max_batched_tokens=3"),
+    (lambda: scheduler_for(Sequence([1], 1, forks=[Sequence([1], 1)]), continuous=False), "not for static batching")])
 def test_misuse_is_named(act, words):
     with pytest.raises(ValueError, match=words):
         act()

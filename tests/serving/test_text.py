@@ -30,6 +30,12 @@ def shown(tokens, stop=(), tokenizer=Bytes()):
     return [*texts, stream.text], False
 
 
+@given(st.lists(st.sampled_from([0xff, 0x41, 0xc3, 0xa9, 0xe2, 0x82, 0xac, 0xf0, 0x9f, 0x98, 0x80]), max_size=24))
+@settings(max_examples=1000, derandomize=True, deadline=None)
+def test_any_bytes_at_all_give_what_they_give_at_once(tokens):
+    assert shown(tokens)[0][-1] == bytes(tokens).decode(errors="replace")
+
+
 @given(st.text(max_size=30))
 @settings(max_examples=300, derandomize=True, deadline=None)
 def test_all_pieces_together_are_the_text(text):
@@ -64,3 +70,9 @@ def test_half_a_character_is_held_back_and_so_is_half_a_stop():
 @pytest.mark.parametrize("tokens, text", [([255, 65], "\ufffdA"), ([65, 195], "A\ufffd"), ([300, 66], "B")])
 def test_what_is_no_text_does_not_hurt(tokens, text):
     assert shown(tokens)[0][-1] == text
+
+
+def test_text_that_is_none_does_not_wait_for_ever():
+    texts, _ = shown([0xff] * 10)
+    assert [len(t) for t in texts] == [0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 10]
+    assert shown([0xff] * 6 + list("é".encode()))[0][-1] == "\ufffd" * 6 + "é"
