@@ -11,6 +11,9 @@ from typing import Callable
 from gpt4lib import recorded
 from gpt4lib.analysis import collectives, cost, flops, inference, memory, pipeline, roofline, scaling_laws, training
 from gpt4lib.analysis.parameters import parameters
+from gpt4lib.serving.block_pool import BlockPool
+from gpt4lib.serving.scheduler import Scheduler
+from gpt4lib.serving.sequence import Sequence
 from gpt4lib.specs import DeviceSpec, ModelSpec, ParallelPlan
 
 
@@ -72,6 +75,18 @@ def _predicted_without_the_smallest() -> float:
     rows = [(r["parameters"], r["tokens"], r["loss"]) for r in run["fitted"]]
     law = scaling_laws.fit([r for r in rows if r[0] > min(rows)[0]])
     return scaling_laws.loss(run["beyond"]["parameters"], run["beyond"]["tokens"], law)
+
+
+def _somebody_gives_way(n_blocks: int) -> bool:
+    """Whether a pool of that many blocks of 4 is too small for chapter 9's six requests on four seats."""
+    scheduler = Scheduler(BlockPool(n_blocks, 4), max_running=4, max_tokens=16)
+    for i in range(6):
+        scheduler.add(Sequence(range(100 * i, 101 * i + 6), 10 + 2 * i))
+    while (step := scheduler.schedule()).work and not step.preempted:
+        for sequences in scheduler.advance(step):
+            for sequence in sequences:
+                scheduler.append(sequence, 0)
+    return bool(step.preempted)
 
 
 PROBLEMS: dict[str, Problem] = {
@@ -138,6 +153,17 @@ PROBLEMS: dict[str, Problem] = {
                    "rounded down.", _int8_cache_fits),
     "8.5": Problem("A head scores against 512 + 64 numbers and sums 512; all 128 heads do so with the same 576 numbers of "
                    "2 bytes.", _absorbed_intensity, 0.001),
+    "9.1": Problem("1 / H(64), where H(n) = 1 + 1/2 + ... + 1/n.", lambda: 1 / sum(1 / k for k in range(1, 65)), 0.005),
+    "9.2": Problem("Of n numbers spread evenly over 0 to 1 the largest is n / (n + 1) on average, and the mean is 1/2.",
+                   lambda: 0.5 / (32 / 33), 0.005),
+    "9.3": Problem("The last block holds 1 to 16 tokens, each as likely: 7.5 places are empty on average.",
+                   lambda: memory.kv_cache_bytes(ModelSpec.preset("gpt-4"), 1, (16 - 1) / 2), 0.001),
+    "9.4": Problem("Decodes come first: 512 - 48 tokens of the prompt in a step, rounded up to whole steps.",
+                   lambda: math.ceil(8192 / (512 - 48))),
+    "9.5": Problem("The first computes 1,100; each other finds the full blocks of the common 1,000, 62 of them.",
+                   lambda: 1100 + 999 * (1100 - 62 * 16)),
+    "9.6": Problem("Give tight n_blocks=..., and look for the largest n at which some step has `preempted`; then one more.",
+                   lambda: 1 + max(n for n in range(9, 40) if _somebody_gives_way(n))),
 }
 
 
