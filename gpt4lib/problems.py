@@ -10,6 +10,9 @@ from typing import Callable, NamedTuple
 from gpt4lib import recorded
 from gpt4lib.analysis import collectives, cost, flops, inference, memory, pipeline, roofline, scaling_laws, training
 from gpt4lib.analysis.parameters import parameters
+from gpt4lib.serving.block_pool import BlockPool
+from gpt4lib.serving.scheduler import Scheduler
+from gpt4lib.serving.sequence import Sequence
 from gpt4lib.specs import DeviceSpec, ModelSpec, ParallelPlan, registry
 
 
@@ -72,6 +75,18 @@ def _predicted_without_the_smallest() -> float:
     return scaling_laws.loss(run["beyond"]["parameters"], run["beyond"]["tokens"], law)
 
 
+def _somebody_gives_way(n_blocks: int) -> bool:
+    """Whether a pool of that many blocks of 4 is too small for chapter 9's six requests on four seats."""
+    scheduler = Scheduler(BlockPool(n_blocks, 4), max_running=4, max_batched_tokens=16)
+    for i in range(6):
+        scheduler.add(Sequence(range(100 * i, 101 * i + 6), 10 + 2 * i))
+    while (step := scheduler.schedule()).work and not step.preempted:
+        for sequences in scheduler.advance(step):
+            for sequence in sequences:
+                scheduler.append(sequence, 0)
+    return bool(step.preempted)
+
+
 EXPECTED: dict[str, Callable[[], float]] = {
     "1.1": lambda: parameters(ModelSpec.preset("palm-540b")).total,
     "1.2": lambda: parameters(ModelSpec.preset("mixtral-8x7b")).active,
@@ -107,6 +122,12 @@ EXPECTED: dict[str, Callable[[], float]] = {
     "8.3": lambda: _cache_equals_weights(64),
     "8.4": _int8_cache_fits,
     "8.5": _absorbed_intensity,
+    "9.1": lambda: 1 / sum(1 / k for k in range(1, 65)),
+    "9.2": lambda: 0.5 / (32 / 33),
+    "9.3": lambda: memory.kv_cache_bytes(ModelSpec.preset("gpt-4"), 1, (16 - 1) / 2),
+    "9.4": lambda: math.ceil(8192 / (512 - 48)),
+    "9.5": lambda: 1100 + 999 * (1100 - 62 * 16),
+    "9.6": lambda: 1 + max(n for n in range(9, 40) if _somebody_gives_way(n)),
 }
 PROBLEMS = {name: Problem(expected=EXPECTED[name], **row) for name, row in registry.read("gpt4lib", "problems.toml").items()}
 

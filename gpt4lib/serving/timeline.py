@@ -49,6 +49,9 @@ class Timeline:
         """Seats that computed something, as a share of all seats of all steps."""
         return len(self.slots) / max(self.steps * self.scheduler.max_running, 1)
 
+    def __repr__(self) -> str:
+        return f"<Timeline: {self.steps} steps of {self.scheduler.max_running} seats>"
+
     def _repr_svg_(self) -> str:
         from gpt4lib.plotting import serving
         return serving.svg(self)
