@@ -21,12 +21,12 @@ from gpt4lib.serving.timeline import Slot, Timeline
 SHAPES = [(6 + i, 10 + 2 * i) for i in range(6)]
 CASES = {"roomy": dict(n_blocks=100), "tight": dict(n_blocks=14), "static": dict(n_blocks=100, continuous=False),
          "long": dict(n_blocks=600, max_running=8, shapes=[(5 * (i % 5) + 4, (17 * i) % 61 + 1) for i in range(24)]),
-         "many seats": dict(n_blocks=600, max_running=20, max_tokens=40, shapes=SHAPES * 6),
+         "many seats": dict(n_blocks=600, max_running=20, max_batched_tokens=40, shapes=SHAPES * 6),
          "one": dict(n_blocks=4, max_running=1, shapes=[(3, 1)])}
 
 
-def play(n_blocks, max_running=4, max_tokens=16, shapes=SHAPES, **options):
-    scheduler = Scheduler(BlockPool(n_blocks, 4), max_running, max_tokens=max_tokens, **options)
+def play(n_blocks, max_running=4, max_batched_tokens=16, shapes=SHAPES, **options):
+    scheduler = Scheduler(BlockPool(n_blocks, 4), max_running, max_batched_tokens=max_batched_tokens, **options)
     for i, (prompt, new) in enumerate(shapes):
         scheduler.add(Sequence(range(100 * i, 100 * i + prompt), new))
     timeline = Timeline(scheduler)
