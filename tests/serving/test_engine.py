@@ -252,18 +252,19 @@ def test_a_step_that_fails_ends_who_took_part_and_leaves_the_engine_sound(failin
     assert after.generated == alone(after.prompt, 6) and after.n_cached == 0
 
 
-def test_a_poisoned_prompt_that_is_cancelled_half_way_leaves_clean_blocks():
-    sick = loud(Transformer(BASE.with_(n_kv_heads=1), seed=1).double())
+@pytest.mark.parametrize("kind", ["multi-query", "window", "latent"])
+def test_what_a_cancelled_request_leaves_behind_poisons_nobody(kind):
+    """Ended before its logits are looked at, it takes its NaN unnoticed; who gets its block next reads one row of four, padded
+    to another's three."""
+    sick = loud(Transformer(BASE.with_(**KINDS[kind]), seed=1).double())
     sick.embedding = Poisoned(sick.embedding)
-    e = Engine(sick, 9, 4, max_running=4, max_batched_tokens=8)
-    bad = e.add([13, *range(30)], SamplingParams(max_tokens=5))
+    e = Engine(sick, 4, 4, max_running=3, max_batched_tokens=6, prefix_cache=False)
+    bad = e.add([13] * 9, SamplingParams(max_tokens=3))
     e.step()
     e.cancel(bad)
-    good = [e.add(p, SamplingParams(max_tokens=6))[0] for p in ([6, 7, 8, 9, 11], [7, 8, 9], [3])]
+    good = [e.add(p, SamplingParams(max_tokens=4))[0] for p in ([1], [3, 4, 5])]
     run(e)
-    for a in good:
-        expected = alone(a.prompt, 6)
-        assert a.generated == expected[:[*expected, 13].index(13) + 1]
+    assert [a.generated for a in good] == [alone(a.prompt, 4, kind) for a in good]
 
 
 def test_the_prompt_is_the_caller_s_to_change_and_must_be_integers():
