@@ -161,7 +161,8 @@ def batch_sizes(ours: Transformer, limit: dict[str, float]) -> list[dict]:
         llm = LLM(ours, max_running=batch, max_batched_tokens=max(BUDGET, batch), kv_bytes=40e9 if CUDA else 1e9)
         for prompt in mix(batch)[0]:
             llm.engine.add([*prompt, *[1] * 200][:200], SamplingParams(max_tokens=80))
-        while any(s.n_tokens - s.n_computed > 1 for s in llm.engine.scheduler.running) or llm.engine.scheduler.waiting:
+        llm.engine.step()
+        while llm.engine.scheduler.waiting or any(s.n_tokens - s.n_computed > 1 for s in llm.engine.scheduler.running):
             llm.engine.step()
         context = sum(s.n_tokens for s in llm.engine.scheduler.running)
         spec = ours.spec

@@ -22,7 +22,7 @@ from gpt4lib.serving.text import TextStream, Tokenizer
 from gpt4lib.specs.checks import require
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Answer(Sequence):
     """A sequence as its reader sees it: its parameters, its own random numbers, its text. `error` says what went wrong."""
     params: SamplingParams = SamplingParams()

@@ -80,34 +80,45 @@ class Scheduler:
 
     def schedule(self) -> Step:
         """The next step; without work when there is nothing to do."""
-        step = Step([], [], [])
-        live = [s for s in self.running if not s.finish_reason]
-        for sequence in live:
-            if sequence.n_tokens - sequence.n_computed == 1 and sequence.blocks and self._extend(sequence, step):
-                step.work.append(Work(sequence, sequence.n_computed, sequence.n_tokens))
-        left = self.max_batched_tokens - len(step.work) if self.continuous else 1 << 62
-        for sequence in live:
-            if sequence.blocks and 1 < (rest := sequence.n_tokens - sequence.n_computed) and left:
-                left -= self._compute(sequence, min(rest, left), step)
+        step, prompts, size = Step([], [], []), [], self.pool.block_size
+        for sequence in list(self.running):
+            start, stop = sequence.n_computed, sequence.n_tokens
+            if stop - start > 1:
+                prompts.append(sequence)
+            elif sequence.blocks:                          # none: finished, or it gave way a moment ago
+                roomy = start % size and not sequence.shares_tail
+                if roomy or self._extend(sequence, step):
+                    step.work.append(Work(sequence, start, stop))
+        left = self.max_batched_tokens - len(step.work)
+        if not self.continuous:
+            left = 1 << 62
+        for sequence in prompts:
+            if left and sequence.blocks:
+                left -= self._compute(sequence, left, step)
         if self.continuous or not self.running:
-            while left and self.waiting and not step.preempted and self._admit(self.waiting[0]):
-                sequence = self.waiting.pop(0)
-                left -= self._compute(sequence, min(sequence.n_tokens - sequence.n_computed, left), step)
+            while left and self.waiting and not step.preempted:
+                if not self._admit(self.waiting[0]):
+                    break                                  # nobody overtakes
+                left -= self._compute(self.waiting.pop(0), left, step)
         return step
 
     def advance(self, step: Step) -> list[list[Sequence]]:
         """Count the step as computed. For every piece of work that yields, in order: the sequences to append a token to,
         all from the same logits; they are several when a prompt is done that others wait to share."""
+        size, ready = self.pool.block_size, []
         for sequence, start, stop in step.work:
             sequence.n_computed = stop
             if self.prefix_cache:
-                for i in range(start // self.pool.block_size, stop // self.pool.block_size):       # blocks now full
+                for i in range(start // size, stop // size):                   # blocks now full
                     self.pool.publish(sequence.blocks[i], self._key(sequence, i))
-        return [[work.sequence, *self._fork(work.sequence)] for work in step.work if work.yields]
+            if stop == sequence.n_tokens:
+                ready.append([sequence, *self._fork(sequence)] if sequence.forks else [sequence])
+        return ready
 
     def append(self, sequence: Sequence, token: int, reason: str | None = None) -> None:
         """Add the next token; `reason` says that it is the last one, as does the sequence's own limit."""
         sequence.generated.append(token)
+        sequence.n_tokens += 1
         if reason or len(sequence.generated) >= sequence.max_new_tokens:
             self.finish(sequence, reason or "length")
 
@@ -125,9 +136,11 @@ class Scheduler:
             for first in (*self.waiting, *self.running):
                 first.forks = [s for s in first.forks if s is not sequence]
 
-    def _compute(self, sequence: Sequence, n: int, step: Step) -> int:
-        step.work.append(Work(sequence, sequence.n_computed, sequence.n_computed + n))
-        return n
+    def _compute(self, sequence: Sequence, most: int, step: Step) -> int:
+        """What is left of a prompt, or as much of it as may be; how many tokens that is."""
+        start, stop = sequence.n_computed, min(sequence.n_computed + most, sequence.n_tokens)
+        step.work.append(Work(sequence, start, stop))
+        return stop - start
 
     def _key(self, sequence: Sequence, i: int) -> bytes:
         """The key of its block i, which is full; worked out once."""
@@ -179,6 +192,7 @@ class Scheduler:
                 step.copies.append((blocks[at], pool.allocate()))
                 pool.release(blocks[at])
                 blocks[at] = step.copies[-1][1]
+        sequence.shares_tail = False
         return True
 
     def _preempt(self, sequence: Sequence, step: Step) -> None:
@@ -196,10 +210,10 @@ class Scheduler:
 
     def _fork(self, sequence: Sequence) -> list[Sequence]:
         """Those that waited for this prompt, each now with the same blocks."""
-        forks, sequence.forks = sequence.forks, []
+        forks, sequence.forks, sequence.shares_tail = sequence.forks, [], True
         for fork in forks:
             fork.blocks, fork.n_computed = sequence.blocks[:self.pool.blocks_for(sequence.n_computed)], sequence.n_computed
-            fork.keys = list(sequence.keys)
+            fork.keys, fork.shares_tail = list(sequence.keys), True
             for block in fork.blocks:
                 self.pool.share(block)
             insort(self.running, fork, key=RANK)

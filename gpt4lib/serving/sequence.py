@@ -8,7 +8,7 @@ from typing import Sequence as Tokens
 from gpt4lib.specs.checks import require, require_counts
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Sequence:
     """A prompt, what has been generated, and the cache blocks that hold both; compared by identity.
 
@@ -20,9 +20,11 @@ class Sequence:
     priority: int = 0
     forks: list[Sequence] = field(default_factory=list)
     generated: list[int] = field(default_factory=list)
+    n_tokens: int = 0                         # of the prompt and what follows it
     n_computed: int = 0                       # tokens whose keys and values stand in the blocks
     n_cached: int = 0                         # of them, found there on the last admission
     blocks: list[int] = field(default_factory=list)
+    shares_tail: bool = False                 # its last block may be another's too, and partly empty
     keys: list[bytes] = field(default_factory=list)      # of its full blocks, as far as they were asked for
     rank: tuple[int, int] = (0, 0)            # priority, then arrival
     preemptions: int = 0
@@ -31,10 +33,7 @@ class Sequence:
     def __post_init__(self) -> None:
         require(len(self.prompt) > 0, "prompt is empty; give at least one token")
         require_counts(self, 1, "max_new_tokens")
-
-    @property
-    def n_tokens(self) -> int:
-        return len(self.prompt) + len(self.generated)
+        self.n_tokens = len(self.prompt)
 
     def tokens(self, start: int, stop: int) -> list[int]:
         """Tokens start .. stop of the prompt and what follows it."""
