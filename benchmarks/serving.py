@@ -35,28 +35,36 @@ from gpt4lib.serving.timeline import Timeline
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
 SMALL = ModelSpec("small", n_layers=8, d_model=512, n_heads=8, head_dim=64, n_kv_heads=2, d_ff=1408, gated_ffn=True, norm="rmsnorm",
                   vocab_size=8192, context=1024, tied=False)
+TINY = SMALL.with_(name="tiny", n_layers=4, d_model=128, n_heads=4, head_dim=32, n_kv_heads=1, d_ff=352, vocab_size=512)
 SPEC = ModelSpec.preset("llama-3.1-8b") if CUDA else SMALL
 REQUESTS, PROMPT, ANSWER = (512, (400, 2000), (200, 1500)) if CUDA else (96, (40, 200), (48, 256))      # (mean, at most)
 BATCHES = (1, 4, 16, 64, 256) if CUDA else (1, 2, 4, 8, 16, 32)
-BUDGET = 2048 if CUDA else 256
+BUDGET, PAGE = 2048 if CUDA else 256, 64
 
 
-def mix(n: int, seed: int = 0) -> tuple[list[list[int]], list[int]]:
+def mix(n: int, vocab_size: int = SPEC.vocab_size, seed: int = 0) -> tuple[list[list[int]], list[int]]:
     """Prompts and lengths of answers, both exponential and cut: most are short, a few are long."""
     dice = random.Random(seed)
     draw = lambda mean, most: min(4 + int(dice.expovariate(1 / mean)), most)
-    prompts = [[dice.randrange(SPEC.vocab_size) for _ in range(draw(*PROMPT))] for _ in range(n)]
+    prompts = [[dice.randrange(vocab_size) for _ in range(draw(*PROMPT))] for _ in range(n)]
     return prompts, [draw(*ANSWER) for _ in range(n)]
+
+
+def pages(batch: int, prompts, lengths) -> int:
+    """Pages that both continuous engines get: enough for the longest request on every seat."""
+    return batch * ((max(map(len, prompts)) + max(lengths)) // PAGE + 2)
 
 
 class Ours:
     """An LLM made anew for every call, so that no call finds another's blocks."""
 
     def __init__(self, model: Transformer, batch: int, **options) -> None:
-        self.model, self.options = model, {"max_running": batch, "max_batched_tokens": BUDGET, "kv_bytes": 40e9 if CUDA else 1e9, **options}
+        self.model, self.batch, self.options = model, batch, {"max_running": batch, "max_batched_tokens": BUDGET, **options}
 
     def __call__(self, prompts, lengths) -> list[list[int]]:
-        self.llm = LLM(self.model, **self.options)
+        spec = self.model.spec
+        kv_bytes = pages(self.batch, prompts, lengths) * PAGE * 2 * spec.n_layers * spec.kv_width * DTYPE.itemsize
+        self.llm = LLM(self.model, kv_bytes=kv_bytes, **self.options)
         self.timeline = Timeline(self.llm.engine.scheduler)
         self.llm.engine.on_step = self.timeline.record
         outputs = self.llm.generate(prompts, [SamplingParams(max_tokens=n) for n in lengths], progress=False)
@@ -101,9 +109,8 @@ class GenerateBatch:
     @torch.inference_mode()
     def __call__(self, prompts, lengths) -> list[list[int]]:
         from transformers import ContinuousBatchingConfig, GenerationConfig
-        longest = max(map(len, prompts)) + max(lengths)
-        config = ContinuousBatchingConfig(max_requests_per_batch=self.batch, max_batch_tokens=BUDGET, page_size=64,
-                                          num_blocks=self.batch * (longest // 64 + 2))
+        config = ContinuousBatchingConfig(max_requests_per_batch=self.batch, max_batch_tokens=BUDGET, page_size=PAGE,
+                                          num_blocks=pages(self.batch, prompts, lengths))
         greedy = GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=max(lengths))
         with self.model.continuous_batching_context_manager(generation_config=greedy, continuous_batching_config=config) as manager:
             names = [manager.add_request(p, max_new_tokens=n) for p, n in zip(prompts, lengths)]
@@ -117,10 +124,10 @@ class GenerateBatch:
         return [found[name] for name in names]
 
 
-def models() -> tuple[Transformer, torch.nn.Module]:
+def models(spec: ModelSpec = SPEC) -> tuple[Transformer, torch.nn.Module]:
     """Ours and theirs with the same weights."""
     from transformers import AutoModelForCausalLM
-    ours = Transformer(SPEC, seed=0).to(DEVICE, DTYPE).requires_grad_(False)
+    ours = Transformer(spec, seed=0).to(DEVICE, DTYPE).requires_grad_(False)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint.save(ours, folder)
         return ours, AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPE).to(DEVICE).eval()
@@ -128,7 +135,7 @@ def models() -> tuple[Transformer, torch.nn.Module]:
 
 def against(ours: Transformer, theirs: torch.nn.Module) -> dict:
     """Tokens a second of everybody on the mix, ours continuous and static."""
-    prompts, lengths = mix(REQUESTS)
+    prompts, lengths = mix(REQUESTS, ours.spec.vocab_size)
     trial = {b: timed(Generate(theirs, b), prompts, lengths) for b in BATCHES[2:]}
     best = min(trial, key=trial.get)
     engines = {"gpt4lib": Ours(ours, BATCHES[-1]), "gpt4lib static": Ours(ours, BATCHES[-1], continuous=False),
@@ -158,7 +165,7 @@ def batch_sizes(ours: Transformer, limit: dict[str, float]) -> list[dict]:
     read_once = sum(p.nbytes for p in weights) - ours.embedding.weight.nbytes
     products = sum(p.numel() for p in weights if p.dim() == 2) - ours.embedding.weight.numel()
     for batch in BATCHES:
-        llm = LLM(ours, max_running=batch, max_batched_tokens=max(BUDGET, batch), kv_bytes=40e9 if CUDA else 1e9)
+        llm = LLM(ours, max_running=batch, max_batched_tokens=max(BUDGET, batch), kv_bytes=40e9 if CUDA else 3e8)
         for prompt in mix(batch)[0]:
             llm.engine.add([*prompt, *[1] * 200][:200], SamplingParams(max_tokens=80))
         llm.engine.step()
@@ -210,7 +217,7 @@ def scheduler_step(running: int = 512) -> dict:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("against", "batch_sizes", "shared_prompt", "scheduler_step"), help="print one part, write nothing")
+    parser.add_argument("--only", choices=("against", "against_tiny", "batch_sizes", "shared_prompt", "scheduler_step"), help="print one part, write nothing")
     only = parser.parse_args().only
     if only == "scheduler_step":
         print(scheduler_step())
@@ -218,7 +225,7 @@ def main() -> int:
     limit = limits.measure(DEVICE, DTYPE)
     ours, theirs = models()
     parts = {"scheduler_step": scheduler_step, "batch_sizes": lambda: batch_sizes(ours, limit), "shared_prompt": lambda: shared_prompt(ours),
-             "against": lambda: against(ours, theirs)}
+             "against": lambda: against(ours, theirs), **({} if CUDA else {"against_tiny": lambda: against(*models(TINY))})}
     results = {}
     for name, part in parts.items():
         if only in (None, name):

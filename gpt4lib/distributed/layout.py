@@ -13,6 +13,7 @@ from gpt4lib.distributed.expert import ParallelExperts
 from gpt4lib.distributed.grid import Groups
 from gpt4lib.distributed.tensor import (PartialLinear, enter, leave, region, vocab_parallel_cross_entropy,
                                         vocab_parallel_embedding)
+from gpt4lib.nn.attention import rotary
 from gpt4lib.nn.numerics import Numerics
 from gpt4lib.nn.transformer import Transformer, initial
 from gpt4lib.specs import ModelSpec, ParallelPlan
@@ -106,7 +107,7 @@ class Stage(nn.Module):
 
     def __init__(self, whole: Transformer, layers: range, plan: ParallelPlan, groups: Groups) -> None:
         super().__init__()
-        self.spec, self.plan, self.groups = whole.spec, plan, groups
+        self.spec, self.numerics, self.plan, self.groups = whole.spec, whole.numerics, plan, groups
         self.split = plan.sequence_parallel and plan.tp > 1          # each rank has its part of the tokens
         self.first, self.last = layers.start == 0, layers.stop == whole.spec.n_layers
         self.embedding = whole.embedding if self.first or self.last and whole.head is None else None
@@ -145,9 +146,10 @@ class Stage(nn.Module):
         positions = torch.arange(n, device=x.device)
         if self.first:
             x = self._embed(x, positions)
+        turn = rotary(self.spec, self.numerics, positions, x.dtype)
         for layer in self.layers.values():
-            x = (checkpoint(layer, x, None, positions, use_reentrant=False) if self.plan.recompute == "full"
-                 else layer(x, None, positions))
+            x = (checkpoint(layer, x, None, turn, use_reentrant=False) if self.plan.recompute == "full"
+                 else layer(x, None, turn))
         if not self.last:
             return x
         x = self.final_norm(x)

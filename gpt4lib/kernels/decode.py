@@ -4,6 +4,8 @@ A sequence's keys live in pages scattered over a pool; `table` says which. The q
 one when decoding, a handful when a speculative guess is verified. Kwon et al. 2023, arXiv:2309.06180, section 4.
 """
 
+from typing import NamedTuple, Sequence
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -44,23 +46,37 @@ def of_like_length(lengths: list[int]) -> list[list[int]]:
     return groups
 
 
-def by_length(q: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor, lengths: Tensor, window: int | None) -> Tensor:
-    """The CPU path: the pages of sequences of like length are gathered, padded to the longest, and attended to at once."""
-    host, page = lengths.tolist(), k_pages.shape[1]
-    out = q.new_zeros(q.shape)
+class Group(NamedTuple):
+    """Sequences of like length, as they are attended to together."""
+    rows: Tensor             # int64, of the batch
+    pages: Tensor            # int64 [rows, pages that are read]
+    n_keys: int              # in those pages, of the longest
+    seen: Tensor             # bool [rows, 1, n_queries, n_keys]
+
+
+def plan(table: Tensor, lengths: Tensor, n_queries: int, page: int, window: int | None) -> list[Group]:
+    """How `by_length` goes about a batch: the same for every layer of a pass."""
+    host, groups, device = lengths.tolist(), [], table.device
     for group in of_like_length(host):
         if not (longest := host[group[0]]):
             continue                                                  # empty seats
-        rows = torch.tensor(group, device=q.device)
-        first = 0 if window is None else max(host[group[-1]] - q.shape[2] - window + 1, 0) // page     # no earlier page is seen
-        pages = table[rows, first:-(-longest // page)].long()
-        k, v = (pool[pages].flatten(1, 2)[:, :longest - first * page].transpose(1, 2) for pool in (k_pages, v_pages))
-        query = lengths[rows, None] - q.shape[2] + torch.arange(q.shape[2], device=q.device)        # [rows, n_queries]
-        key = torch.arange(first * page, longest, device=q.device)
-        seen = key <= query[..., None]                                # [rows, n_queries, keys]
+        rows = torch.tensor(group, device=device)
+        first = 0 if window is None else max(host[group[-1]] - n_queries - window + 1, 0) // page      # no earlier page is seen
+        query = lengths[rows, None] - n_queries + torch.arange(n_queries, device=device)               # [rows, n_queries]
+        key = torch.arange(first * page, longest, device=device)
+        seen = key <= query[..., None]
         if window is not None:
             seen &= key > query[..., None] - window
-        out[rows] = folded(q[rows], k, v, seen[:, None])
+        groups.append(Group(rows, table[rows, first:-(-longest // page)].long(), longest - first * page, seen[:, None]))
+    return groups
+
+
+def by_length(q: Tensor, k_pages: Tensor, v_pages: Tensor, groups: Sequence[Group]) -> Tensor:
+    """The CPU path: the pages of sequences of like length are gathered, padded to the longest, and attended to at once."""
+    out = q.new_zeros(q.shape)
+    for rows, pages, n_keys, seen in groups:
+        k, v = (pool[pages].flatten(1, 2)[:, :n_keys].transpose(1, 2) for pool in (k_pages, v_pages))
+        out[rows] = folded(q[rows], k, v, seen)
     return out
 
 
@@ -84,7 +100,7 @@ def _paged_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor,
     if path == "triton":
         from gpt4lib.kernels import decode_triton
         return decode_triton.forward(q, k_pages, v_pages, table, lengths, window, chunk)
-    return by_length(q, k_pages, v_pages, table, lengths, window or None)
+    return by_length(q, k_pages, v_pages, plan(table, lengths, q.shape[2], k_pages.shape[1], window or None))
 
 
 @_paged_attention.register_fake

@@ -9,15 +9,23 @@ from gpt4lib.nn.numerics import Numerics
 from gpt4lib.specs.model import ModelSpec
 
 
-def rotate(x: Tensor, positions: Tensor, numerics: Numerics) -> Tensor:
-    """Rotary positions on [batch, heads, tokens, width]; `positions` is [tokens] or [batch, tokens].
+Rotary = tuple[Tensor, Tensor]          # cosine and sine of each position's angles
 
-    Channel i is paired with i + width / 2, as in Llama.
-    """
-    half = x.shape[-1] // 2
-    angle = positions[..., None] * numerics.rotary_rates(half, x.device)     # [.., tokens, width / 2]
-    angle = angle[:, None] if angle.dim() == 3 else angle                    # the same for every head
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+
+def rotary(spec: ModelSpec, numerics: Numerics, positions: Tensor, dtype: torch.dtype) -> Rotary | None:
+    """What the layers of a pass turn their queries and keys by, worked out once; `positions` is [tokens] or [batch, tokens].
+    None where a model has no rotary positions."""
+    if spec.positions != "rotary" and spec.latent is None:
+        return None
+    half = (spec.head_dim if spec.latent is None else spec.latent.rope_dim) // 2
+    angle = positions[..., None] * numerics.rotary_rates(half, positions.device)     # [.., tokens, width / 2]
+    angle = angle[:, None] if angle.dim() == 3 else angle                            # the same for every head
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x: Tensor, turn: Rotary) -> Tensor:
+    """Rotary positions on [batch, heads, tokens, width]. Channel i is paired with i + width / 2, as in Llama."""
+    half, (cos, sin) = x.shape[-1] // 2, (t.to(x.dtype) for t in turn)
     a, b = x[..., :half], x[..., half:]
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
@@ -32,7 +40,7 @@ class Attention(nn.Module):
 
     def __init__(self, spec: ModelSpec, layer: int, numerics: Numerics = Numerics()) -> None:
         super().__init__()
-        self.spec, self.layer, self.numerics = spec, layer, numerics
+        self.spec, self.layer = spec, layer
         self.window = spec.window if spec.layer_kinds[layer] == "window" else None
         width = spec.q_width * (2 if spec.attention_gate else 1)
         self.query = nn.Linear(spec.d_model, width, bias=spec.qkv_bias)
@@ -46,7 +54,7 @@ class Attention(nn.Module):
             self.k_norm = nn.RMSNorm(spec.kv_width if full else spec.head_dim, eps=numerics.norm_eps)
         self.sinks = nn.Parameter(torch.zeros(spec.n_heads)) if spec.sinks else None
 
-    def forward(self, x: Tensor, cache: Cache | None, positions: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: Cache | None, turn: Rotary | None) -> Tensor:
         s = self.spec
         batch, tokens, _ = x.shape
         gate = None
@@ -58,8 +66,8 @@ class Attention(nn.Module):
         q, k, v = (t.view(batch, tokens, -1, s.head_dim).transpose(1, 2) for t in (q, k, v))
         if s.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
-        if s.positions == "rotary":
-            q, k = rotate(q, positions, self.numerics), rotate(k, positions, self.numerics)
+        if turn is not None:
+            q, k = rotate(q, turn), rotate(k, turn)
         y = (self.core(q, k, v, window=self.window, sinks=self.sinks) if cache is None else
              cache.attend(self.layer, q, k, v, self.window, self.sinks))
         y = y.transpose(1, 2).reshape(batch, tokens, s.q_width)
@@ -76,7 +84,7 @@ class LatentAttention(nn.Module):
 
     def __init__(self, spec: ModelSpec, layer: int, numerics: Numerics = Numerics()) -> None:
         super().__init__()
-        self.spec, self.layer, self.numerics, m = spec, layer, numerics, spec.latent
+        self.spec, self.layer, m = spec, layer, spec.latent
         if m.indexer is not None:
             raise ValueError("latent.indexer is not built; its parameters can be counted, not run")
         width = spec.n_heads * (m.nope_dim + m.rope_dim)
@@ -88,13 +96,13 @@ class LatentAttention(nn.Module):
         self.up = nn.Linear(m.kv_rank, spec.n_heads * (m.nope_dim + m.v_dim), bias=False)
         self.out = nn.Linear(spec.n_heads * m.v_dim, spec.d_model, bias=spec.out_bias)
 
-    def forward(self, x: Tensor, cache: Cache | None, positions: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: Cache | None, turn: Rotary | None) -> Tensor:
         m, heads = self.spec.latent, self.spec.n_heads
         batch, tokens, _ = x.shape
         q = self.query(x).view(batch, tokens, heads, -1).transpose(1, 2)
-        q = torch.cat([q[..., :m.nope_dim], rotate(q[..., m.nope_dim:], positions, self.numerics)], -1)
+        q = torch.cat([q[..., :m.nope_dim], rotate(q[..., m.nope_dim:], turn)], -1)
         latent, rope = self.down(x).split([m.kv_rank, m.rope_dim], -1)
-        latent = torch.cat([self.norm(latent)[:, None], rotate(rope[:, None], positions, self.numerics)], -1)
+        latent = torch.cat([self.norm(latent)[:, None], rotate(rope[:, None], turn)], -1)
         y = self.attend(q, latent) if cache is None else cache.apply(self.layer, self.attend, q, latent)
         return self.out(y.transpose(1, 2).reshape(batch, tokens, -1))
 

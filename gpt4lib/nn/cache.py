@@ -192,6 +192,7 @@ class RaggedKVCache:
         self.table, self.lengths = table.to(device), stops.int().to(device)
         self._where, self._page = where.to(device), table[row, where // size].long().to(device)         # [total]
         self._end = max(stop for _, _, stop in pieces)
+        self._plans: dict[tuple[int, int | None], list[decode.Group]] = {}
         self._pieces, self._groups, offset = [], {}, 0                  # (first token, n, length) of each; see _group
         for i, (_, start, stop) in enumerate(pieces):
             self._pieces.append((offset, stop - start, stop))
@@ -222,10 +223,17 @@ class RaggedKVCache:
         out = torch.empty_like(q)
         for (n, fresh), (rows, tokens) in self._groups.items():
             of = [t[0, :, tokens].transpose(0, 1) for t in ((q, k, v) if fresh else (q,))]       # [rows, heads, n, width]
-            y = attention(*of, window=window) if fresh else decode.paged_attention(
-                of[0].to(keys.dtype), keys, values, self.table[rows], self.lengths[rows], window=window)
+            y = attention(*of, window=window) if fresh else self._over_pages(of[0].to(keys.dtype), keys, values, rows, window)
             out[0, :, tokens] = y.transpose(0, 1).to(q.dtype)
         return out
+
+    def _over_pages(self, q: Tensor, keys: Tensor, values: Tensor, rows: Tensor, window: int | None) -> Tensor:
+        """`decode.paged_attention`, with what is the same for all layers worked out once."""
+        if decode.choose(q, keys)[0] == "triton":
+            return decode.paged_attention(q, keys, values, self.table[rows], self.lengths[rows], window=window)
+        if (q.shape[2], window) not in self._plans:
+            self._plans[q.shape[2], window] = decode.plan(self.table[rows], self.lengths[rows], q.shape[2], self.pages.page_size, window)
+        return decode.by_length(q, keys, values, self._plans[q.shape[2], window])
 
     def apply(self, layer: int, attend: Attend, q: Tensor, *new: Tensor) -> Tensor:
         """Any attention at all, one sequence at a time: attend(q of the piece, the sequence's rows from each pool)."""

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt4lib.nn.attention import Attention, LatentAttention
+from gpt4lib.nn.attention import Attention, LatentAttention, Rotary, rotary
 from gpt4lib.nn.cache import Cache, KVCache
 from gpt4lib.nn.moe import FeedForward, MoE
 from gpt4lib.nn.numerics import Numerics
@@ -41,13 +41,13 @@ class Block(nn.Module):
     def feed_forward(self, x: Tensor) -> Tensor:
         return self.moe(x) if self.ffn is None else self.ffn(x)
 
-    def forward(self, x: Tensor, cache: Cache | None, positions: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: Cache | None, turn: Rotary | None) -> Tensor:
         if len(self.norms) == 1:
             y = self.norms[0](x)
-            return x + self.attention(y, cache, positions) + self.feed_forward(y)
+            return x + self.attention(y, cache, turn) + self.feed_forward(y)
         before, *rest = self.norms
         after_attention, middle, after_ffn = rest if len(rest) == 3 else (nn.Identity(), rest[0], nn.Identity())
-        x = x + after_attention(self.attention(before(x), cache, positions))
+        x = x + after_attention(self.attention(before(x), cache, turn))
         return x + after_ffn(self.feed_forward(middle(x)))
 
 
@@ -93,8 +93,9 @@ class Transformer(nn.Module):
         if self.positions is not None:
             x = x + self.positions(positions + self.spec.position_offset)
         x = self.embedding_norm(x)
+        turn = rotary(self.spec, self.numerics, positions, x.dtype)
         for layer in self.layers:
-            x = layer(x, cache, positions)
+            x = layer(x, cache, turn)
         if cache is not None:
             cache.advance(n)
         x = x if only is None else x[:, only]
