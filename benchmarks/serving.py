@@ -133,8 +133,8 @@ def models(spec: ModelSpec = SPEC) -> tuple[Transformer, torch.nn.Module]:
         return ours, AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPE).to(DEVICE).eval()
 
 
-def against(ours: Transformer, theirs: torch.nn.Module) -> dict:
-    """Tokens a second of everybody on the mix, ours continuous and static."""
+def against(ours: Transformer, theirs: torch.nn.Module, limit: dict[str, float]) -> dict:
+    """Tokens a second of everybody on the mix, ours continuous and static; the limit is the arithmetic of every token once."""
     prompts, lengths = mix(REQUESTS, ours.spec.vocab_size)
     trial = {b: timed(Generate(theirs, b), prompts, lengths) for b in BATCHES[2:]}
     best = min(trial, key=trial.get)
@@ -145,11 +145,14 @@ def against(ours: Transformer, theirs: torch.nn.Module) -> dict:
     alike = {name: sum(x == y for a, b in zip(given, answers["gpt4lib"]) for x, y in zip(a, b)) / sum(lengths)
              for name, given in answers.items()}
     seconds = runner.interleaved({name: limits.waited(lambda e=e: e(prompts, lengths)) for name, e in engines.items()}, runs=5, warm_up=0)
+    head, tokens = ours.head.weight.numel(), sum(map(len, prompts)) + sum(lengths) - len(prompts)
+    products = sum(p.numel() for p in ours.parameters() if p.dim() == 2) - ours.embedding.weight.numel() - head
+    flop = 2 * (tokens * products + sum(lengths) * head)
     use = {name: {"batch": e.options["max_running"], "steps": e.timeline.steps, "seat_use": e.timeline.utilisation}
            for name, e in engines.items() if isinstance(e, Ours)}
     return {"requests": REQUESTS, "prompt_tokens": sum(map(len, prompts)), "answer_tokens": sum(lengths), "longest_answer": max(lengths),
             "generate_batch_sizes_tried": trial, "batch": {"transformers generate": best}, "tokens_alike": alike, "ours": use,
-            **runner.against_all(seconds, "gpt4lib", 0),
+            "flop": flop, **runner.against_all(seconds, "gpt4lib", flop / limit["flop_per_second"]),
             "tokens_per_second": {name: sum(lengths) / statistics.median(s) for name, s in seconds.items()}}
 
 
@@ -225,7 +228,7 @@ def main() -> int:
     limit = limits.measure(DEVICE, DTYPE)
     ours, theirs = models()
     parts = {"scheduler_step": scheduler_step, "batch_sizes": lambda: batch_sizes(ours, limit), "shared_prompt": lambda: shared_prompt(ours),
-             "against": lambda: against(ours, theirs), **({} if CUDA else {"against_tiny": lambda: against(*models(TINY))})}
+             "against": lambda: against(ours, theirs, limit), **({} if CUDA else {"against_tiny": lambda: against(*models(TINY), limit)})}
     results = {}
     for name, part in parts.items():
         if only in (None, name):
