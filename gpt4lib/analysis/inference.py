@@ -96,3 +96,26 @@ def under_load(estimator: ServingEstimator, clients, input_len, output_len) -> S
     request = own + output_len * tpot
     ttft += (clients - running) / running * request
     return Service(ttft, tpot, clients * output_len / (ttft + (output_len - 1) * tpot), running, step, prompt, decode / running)
+
+
+class Pools(NamedTuple):
+    """Prompts read by some replicas and answers decoded by others."""
+    ttft_seconds: float              # reading, and sending the cache to where it is decoded
+    tpot_seconds: float
+    tokens_per_second: float         # of one decoding replica
+    prefill_replicas: float          # that keep one decoding replica busy
+    running: float                   # requests at a time on a decoding replica
+
+
+def disaggregated(prefill: ServingEstimator, decode: ServingEstimator, clients, input_len, output_len) -> Pools:
+    """Two pools of one model, so that no prompt interrupts a decoding request. Zhong et al. 2024, DistServe, arXiv:2401.09670.
+
+    `clients` run on a decoding replica; each rank of a prefilling one sends its share of the cache over the network.
+    """
+    k, context = prefill.efficiency, input_len + output_len / 2
+    running = min(clients, max(decode.largest_batch(context), 1.0))
+    tpot, own = _decode(decode, running, context)[1], prefill.prefill(input_len).seconds
+    moved = max(w.cache[0] * input_len + w.cache[1] * min(input_len, prefill.window) + w.state / 2 for w in prefill.works)
+    rate = running / tpot
+    return Pools(k.request_seconds + own + moved / prefill.network + decode.engine.admission_steps * tpot, tpot, rate,
+                 rate / output_len * own, running)

@@ -8,6 +8,7 @@ import hashlib
 import math
 import re
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Mapping, NamedTuple
 
 from gpt4lib.analysis import efficiency as eff
@@ -80,7 +81,7 @@ def is_fitted(spec: ModelSpec) -> bool:
     return hashlib.sha256(repr((spec.n_layers, spec.d_model, spec.n_heads)).encode()).digest()[0] % 2 == 0
 
 
-@lru_cache(maxsize=None)
+@lru_cache(maxsize=1024)
 def _estimator(spec, cluster, plan, dtype, kv_dtype, engine, constants) -> ServingEstimator:
     return ServingEstimator(spec, cluster, plan, dtype, kv_dtype, engine=engine, efficiency=constants)
 
@@ -99,7 +100,7 @@ def price(row: Mapping[str, Any], constants: eff.Serving) -> dict[str, Any]:
         predicted = it.batch * lengths[1] / seconds["total_seconds"] / it.plan.n_devices
     else:
         predicted = seconds[name]
-    return {"predicted": predicted, "bound_by": step.bound_by, "fitted": is_fitted(it.spec), "model": it.spec.name,
+    return {"predicted": predicted, "bound_by": step.bound_by, "fitted": is_fitted(it.spec), "model": Path(row["config"]).stem if row.get("config") else "x".join(map(str, (it.spec.n_layers, it.spec.d_model))),
             "engine": re.match(r"[a-z]*", it.engine)[0], "device": row["device"],
             "fits": estimator.largest_batch(sum(lengths)) >= (1 if it.loaded else it.batch)}
 

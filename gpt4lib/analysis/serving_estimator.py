@@ -104,9 +104,9 @@ class Step(NamedTuple):
 class ServingEstimator:
     """Predicts steps of one model served on one kind of cluster under one plan, in some dtype of weights and of KV cache.
 
-    With ep > 1 a plan's dp ranks share the experts and split the sequences (attention data parallelism): together they are
-    one replica. Otherwise one replica is tp x pp devices, and dp copies of it do not change a step. Where the device
-    has no units for the dtype of the weights they are multiplied in 16 bits. `engine` gives the host's time a sequence
+    With ep > 1, ep of a plan's dp ranks share the experts and split the sequences (attention data parallelism): together, tp x
+    pp x ep devices, they are one replica. Further copies do not change a step. Where the device has no units for
+    the dtype of the weights they are multiplied in 16 bits. `engine` gives the host's time a sequence
     and how long requests wait to be let in; an unknown one gets the mean of those known.
     """
 
@@ -126,7 +126,7 @@ class ServingEstimator:
             self.matmul = full
         self.bandwidth, self.link = device.memory_bandwidth * k.memory, device.link_bandwidth * k.link
         self.network = cluster.inter_node_bandwidth * k.link
-        self.ranks = plan.dp if plan.ep > 1 else 1
+        self.ranks = plan.ep
         self.missed = 1 - spec.top_k / spec.n_experts if spec.is_moe else 1.0
         self.window = spec.window or 0
         self.stages = [self._seconds(w) for w in self.works]
@@ -150,7 +150,7 @@ class ServingEstimator:
                 w.fresh_scores[0] / attention, w.fresh_scores[1] / attention, w.linear_flop / attention, w.cache[0] / memory_,
                 w.kernels * launch, w.sums * a_sum, w.sums * hidden * 2 * (tp - 1) / tp / self._wire(tp),
                 w.swaps * a_sum, w.swaps * exchanged / self._wire(tp * self.ranks),
-                (a_sum + 0.0) * (self.plan.pp > 1), hidden / self._wire(tp * self.plan.pp) * (self.plan.pp > 1))
+                a_sum * (self.plan.pp > 1), hidden / self._wire(tp * self.plan.pp) * (self.plan.pp > 1))
 
     def step(self, batch, context, chunk=0, cached=0) -> Step:
         """`batch` sequences of the replica decode a token each after `context` cached ones, and `chunk` tokens of a prompt are
@@ -180,8 +180,9 @@ class ServingEstimator:
         return self.step(0, 0, tokens, cached)
 
     def memory(self, batch: int, context: int) -> memory.MemoryUse:
-        """What the fullest device holds."""
-        return memory.serving(self.spec, self.plan, batch, context, self.dtype, self.kv_dtype)
+        """What the fullest device holds while a replica serves `batch` sequences."""
+        copies = self.plan.dp // self.plan.ep
+        return memory.serving(self.spec, self.plan, batch * copies, context, self.dtype, self.kv_dtype)
 
     def largest_batch(self, context) -> float:
         """Sequences of `context` tokens a replica has room for; below 1, not one fits. What is left beside the weights is filled to
