@@ -25,16 +25,16 @@ FIRST = 0.4
 # Where each constant starts, and how far it may go.
 START = {
     "matmul.ampere": (0.77, 0.3, 1), "matmul.hopper": (0.63, 0.3, 1), "matmul.blackwell": (0.5, 0.2, 1), "narrow": (0.9, 0.3, 1),
-    "grouped": (0.3, 0.05, 1), "attention": (0.5, 0.1, 0.8), "memory": (0.9, 0.5, 1), "link": (0.3, 0.05, 0.9),
+    "grouped": (0.3, 0.05, 1), "attention": (0.5, 0.1, 0.8), "memory": (0.9, 0.5, 1), "link": (0.6, 0.2, 0.9),
     "sum_seconds": (9e-6, 2e-6, 3e-5), "kernel_seconds": (4e-6, 1e-6, 1e-5), "step_seconds": (4e-4, 1e-6, 3e-3), "room": (0.85, 0.6, 1),
-    "request_seconds": (0.05, 1e-3, 0.2), "prompt_turns": (1.0, 0.5, 4), "prompt_wait": (0.05, 1e-3, 1), "interruption": (0.6, 0.1, 1),
-    "fastertransformer.launch": (2.0, 1, 5), "sglang.sequence_seconds": (1e-5, 1e-7, 1e-4), "sglang.admission_steps": (10, 0.1, 30),
-    "trtllm.sequence_seconds": (1e-6, 1e-7, 1e-4), "trtllm.admission_steps": (5, 0.1, 30),
-    "vllm.sequence_seconds": (1e-5, 1e-7, 1e-4), "vllm.admission_steps": (1, 0.1, 30)}
+    "request_seconds": (0.05, 1e-3, 0.2), "prompt_turns": (1.0, 0.5, 4),
+    "fastertransformer.launch": (2.0, 1, 5), "sglang.sequence_seconds": (1e-5, 1e-7, 1e-4), "sglang.prompt_wait": (0.06, 1e-3, 1), "sglang.admission_steps": (10, 0.1, 30),
+    "trtllm.sequence_seconds": (1e-6, 1e-7, 1e-4), "trtllm.prompt_wait": (0.06, 1e-3, 1), "trtllm.admission_steps": (5, 0.1, 30),
+    "vllm.sequence_seconds": (1e-5, 1e-7, 1e-4), "vllm.prompt_wait": (0.06, 1e-3, 1), "vllm.admission_steps": (1, 0.1, 30)}
 
 
 def build(values: dict[str, float]) -> eff.Serving:
-    tables: dict[str, dict] = {"fastertransformer": {"sequence_seconds": 0.0, "admission_steps": 0.0}, "matmul": {}}
+    tables: dict[str, dict] = {"fastertransformer": {"sequence_seconds": 0.0, "admission_steps": 0.0, "prompt_wait": 0.0}, "matmul": {}}
     for key, value in values.items():
         if "." in key:
             table, name = key.split(".")

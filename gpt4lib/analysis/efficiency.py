@@ -50,6 +50,7 @@ class Engine(NamedTuple):
     """What differs from one serving engine to another: where its host is in the way."""
     sequence_seconds: float          # of the host, for each sequence of a step
     admission_steps: float           # steps a request waits before its prompt is begun
+    prompt_wait: float               # share of each other client's prompt that is read before one's own; the rest interrupts decoding
     launch: float = 1.0              # of the time to start a kernel, next to recorded graphs
 
 
@@ -69,8 +70,6 @@ class Serving:
     room: float                      # of the memory beside the weights, for the cache
     request_seconds: float           # to let a request in and its first token out
     prompt_turns: float              # of reading its own prompt, until the first token
-    prompt_wait: float               # of each other client's prompt, waited for before one's own
-    interruption: float              # of each other client's prompt, waited for while decoding
 
     def of(self, table: str, device: DeviceSpec) -> float:
         """A generation's fraction; one never fitted gets the lowest of those that were."""
@@ -80,7 +79,7 @@ class Serving:
     def engine(self, name: str) -> Engine:
         """The engine whose name this is, whatever its version; one never fitted gets the mean of those that were, and graphs."""
         known = self.engines.get((re.match(r"[a-z]*", name) or [""])[0])
-        return known or Engine(*(sum(column) / len(self.engines) for column in list(zip(*self.engines.values()))[:2]))
+        return known or Engine(*(sum(column) / len(self.engines) for column in list(zip(*self.engines.values()))[:3]))
 
 
 @lru_cache(maxsize=None)

@@ -81,18 +81,18 @@ def static(estimator: ServingEstimator, batch, input_len, output_len) -> tuple[f
 def under_load(estimator: ServingEstimator, clients, input_len, output_len) -> Service:
     """A replica with in-flight batching and a fixed number of clients.
 
-    Between two tokens of a request prompts of others are read, one for each other request that runs and each output: the share
-    `interruption` of it; the rest they wait for together, before their first tokens. What has no room waits for a place, a
-    request's time for every `running` ahead of it (Little 1961).
+    While a request decodes, each of the others that run begins anew once, and its prompt is read in between; the share
+    `prompt_wait` of these prompts is read before one's own instead. What has no room waits for a place: a request's time
+    for every `running` ahead of it (Little 1961).
     """
     k, context = estimator.efficiency, input_len + output_len / 2
     running = min(clients, max(estimator.largest_batch(context), 1.0))
     step, decode = _decode(estimator, running, context)
     own = estimator.step(0, 0, input_len).seconds
     prompt = max(estimator.step(running / estimator.plan.pp, context, input_len).seconds - step.seconds, 0.0)
-    others = running - 1
-    tpot = decode + k.interruption * others * prompt / output_len
-    ttft = (k.request_seconds + own * (k.prompt_turns + k.prompt_wait * others) + estimator.engine.admission_steps * decode)
+    others, wait = running - 1, estimator.engine.prompt_wait
+    tpot = decode + (1 - wait) * others * prompt / output_len
+    ttft = k.request_seconds + own * (k.prompt_turns + wait * others) + estimator.engine.admission_steps * decode
     request = own + output_len * tpot
     ttft += (clients - running) / running * request
     return Service(ttft, tpot, clients * output_len / (ttft + (output_len - 1) * tpot), running, step, prompt, decode / running)
