@@ -162,6 +162,8 @@ class Scheduler:
 
     def _admit(self, sequence: Sequence) -> bool:
         """Take a seat for it and its forks and the blocks of its prompt; False where they are not to be had."""
+        if len(self.running) == self.max_running:
+            return False
         seats = sum(1 + len(s.forks) for s in (*self.running, sequence))
         if seats > self.max_running:
             return False
