@@ -176,7 +176,7 @@ def validate(args: argparse.Namespace) -> tuple[Any, str]:
     rows, pricer = v.read(args.file), v.Pricer()
     results = [pricer.price(row) for row in rows]
     args.problems = [row["problem"] for row in rows if row["problem"]]
-    groups = {group: [r for r in results if r.group == group] for group in ("step_time", "peak_memory_bytes")}
+    groups = {group: [r for r in results if r.group == group] for group in dict.fromkeys(r.group for r in results)}
     parts = {"all": results, "held out": [r for r in results if not r.fitted], "fitted": [r for r in results if r.fitted]}
     told = {f"{group}, {part}": v.average(v.by_source(r for r in found if r.group == group))
             for group in groups for part, found in parts.items()}
@@ -189,8 +189,12 @@ def validate(args: argparse.Namespace) -> tuple[Any, str]:
                 {"predicted": r.predicted, "error": r.error, "bound_by": r.bound_by, "fitted": r.fitted})} for r in results]}
     percent = lambda x: "" if x is None else fmt.percent(x)                                     # noqa: E731
     line = lambda name, s: (name, *(s.get(k, "") for k in ("n", "priced")), *(percent(s.get(k)) for k in v.FIGURES))  # noqa: E731
-    table = [line(f"{source[:60]}, {group.split('_')[0]}", s) for group, found in groups.items()
-             for source, s in v.by_source(found).items()]
+    if any(row["format"] == "serving" for row in rows):
+        data |= {f"by_{kind}": v.by(results, lambda r: f"{getattr(r, kind)}, {r.group}") for kind in ("engine", "model", "device")}
+        table = [line(name, s) for kind in ("engine", "model", "device") for name, s in sorted(data[f"by_{kind}"].items())]
+    else:
+        table = [line(f"{source[:60]}, {group.split('_')[0]}", s) for group, found in groups.items()
+                 for source, s in v.by_source(found).items()]
     table += [line(f"average of sources: {name}", s) for name, s in told.items()] + [line("every row", data["overall"])]
     table += [line("every row below 5 % MFU", data["below_5_percent_mfu"])] if badly else []
     text = fmt.table(table, ("source", "n", "priced", "median", "mean", "p90", "bias"), right=(1, 2, 3, 4, 5, 6))

@@ -12,8 +12,8 @@ from gpt4lib.analysis import efficiency as eff
 from gpt4lib.analysis import flops, memory, operators
 from gpt4lib.specs import ClusterSpec, ModelSpec, ParallelPlan, dtype_bytes, registry
 
-# Kernels of a layer beside its matrix products: norms, rotation, cache, attention and sums; of routing; of the delta rule's
-# convolution, gates and state; of an indexer's scores and choice.
+# Kernels of a layer beside its matrix products: norms, rotation, cache and attention; of routing; of the delta rule's convolution,
+# gates and state; of an indexer. Engines fuse more than the sixteen pointwise operators of a training step.
 KERNELS, MOE_KERNELS, LINEAR_KERNELS, INDEXER_KERNELS = 6, 4, 4, 12
 
 
@@ -21,6 +21,7 @@ class Work(NamedTuple):
     """What a device of one pipeline stage holds and does, before any efficiency: bytes and FLOP."""
     weights: float                   # bytes of all matrices but the routed experts and the head; a look-up costs nothing
     flop: float                      # a token
+    traffic: float                   # bytes a token of activations, that products and pointwise operators read and write
     experts: float                   # bytes of the routed experts it holds
     expert_flop: float               # a token
     head: float
@@ -45,19 +46,21 @@ def work(spec: ModelSpec, plan: ParallelPlan, stage: int, dtype: str, kv_dtype: 
                       for absorbed in (True, False))
     a_layer = memory.kv_cache_bytes(local.with_(n_layers=1, layer_kinds=("full",), moe_layers=None), 1, 1, kv_dtype)
     held = sum(count.values()) - sum(count[part] for part in ("experts", "embedding", "positions", "head"))
-    layers, moe = plan.layers_of(spec.n_layers, stage), local.n_moe_layers
+    layers = [operators.layer(spec, spec.layer_kinds[i], spec.is_moe_layer(i), ParallelPlan(tp=plan.tp), 1, True)
+              for i in plan.layers_of(spec.n_layers, stage)]
     indexed = len(layers) * (spec.latent is not None and spec.latent.indexer is not None)
-    kernels = sum(KERNELS + len(list(operators.products(spec, spec.layer_kinds[i], spec.is_moe_layer(i)))) for i in layers)
     return Work(
         weights=held * (2 if spec.is_moe and dtype == "int4" else dtype_bytes(dtype)),
         flop=sum(one[part] for part in ("attention", "ffn", "shared_experts", "router")),
+        traffic=sum(2 * (layer.activations + layer.pointwise) for layer in layers),
         experts=count["experts"] * dtype_bytes(dtype), expert_flop=one["experts"],
         head=2 * (count["head"] or count["embedding"]) * last, head_flop=one["head"] * last,
         cache=(kinds.count("full") * a_layer, kinds.count("window") * a_layer), state=2 * memory.linear_state_bytes(local, 1),
         scores=(decoded.get("full", 0), decoded.get("window", 0)), fresh_scores=(fresh.get("full", 0), fresh.get("window", 0)),
         linear_flop=decoded.get("linear", 0),
-        kernels=kernels + MOE_KERNELS * moe + LINEAR_KERNELS * kinds.count("linear") + INDEXER_KERNELS * indexed,
-        sums=(2 * len(layers) + last) * (plan.tp > 1), swaps=2 * moe * (plan.ep > 1))
+        kernels=sum(layer.kernels - 16 + KERNELS for layer in layers) + (MOE_KERNELS - 6) * local.n_moe_layers
+        + LINEAR_KERNELS * kinds.count("linear") + INDEXER_KERNELS * indexed,
+        sums=(2 * len(layers) + last) * (plan.tp > 1), swaps=2 * local.n_moe_layers * (plan.ep > 1))
 
 
 class Terms(NamedTuple):
@@ -143,7 +146,7 @@ class ServingEstimator:
         hidden = 2 * self.spec.d_model
         a_sum, launch = k.sum_seconds * self.engine.launch, k.kernel_seconds * self.engine.launch
         exchanged = hidden * self.spec.top_k * (self.ranks - 1) / self.ranks
-        return (w.weights / memory_, w.flop / self.matmul, w.experts / memory_, w.expert_flop / self.grouped,
+        return (w.weights / memory_, w.flop / self.matmul + w.traffic / memory_, w.experts / memory_, w.expert_flop / self.grouped,
                 w.head / memory_, w.head_flop / self.head,
                 w.cache[0] / memory_ + w.scores[0] / attention, w.cache[1] / memory_ + w.scores[1] / attention,
                 w.state / memory_ + w.linear_flop / attention,

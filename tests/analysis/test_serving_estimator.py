@@ -47,12 +47,12 @@ def test_bytes_and_flop_are_those_of_the_model(name, batch, context):
 
 @pytest.mark.parametrize("spec", [LLAMA, HYBRID], ids=lambda s: s.name)
 def test_a_prompt_costs_its_flop(spec):
-    """Causal, with logits for the last token alone."""
+    """Causal, with logits for the last token alone; beside it the bytes of weights, and of activations."""
     n, step = 3000, ideal(spec).prefill(3000)
     count = flops.prefill(spec, 1, n, causal=True)
     expected = count.total - count.by_part["head"] * (n - 1) // n
     w = work(spec, ParallelPlan(), 0, "bf16", "bf16")
-    moved = w.weights + w.experts * (1 - (1 - spec.top_k / max(spec.n_experts, 1)) ** n) + w.head
+    moved = w.weights + w.experts * (1 - (1 - spec.top_k / max(spec.n_experts, 1)) ** n) + w.head + n * w.traffic
     seconds = expected / H100.device.peak["bf16"] + moved / H100.device.memory_bandwidth
     assert step.seconds == pytest.approx(seconds, rel=1e-9)
 
