@@ -11,6 +11,7 @@ from typing import Any, NoReturn, Sequence
 import gpt4lib                                    # whose modules load on first use
 from gpt4lib import format as fmt
 from gpt4lib.specs import ClusterSpec, DeviceSpec, ModelSpec, ParallelPlan, registry
+from gpt4lib.specs.checks import require_known
 
 
 class Parser(argparse.ArgumentParser):
@@ -129,10 +130,9 @@ def plan(args: argparse.Namespace) -> tuple[Any, str]:
                   + fmt.table([(planner.name(e.plan), found.why(e)) for e in losers]))
 
 
-def serve(args: argparse.Namespace) -> tuple[Any, str]:
-    """Latency, throughput, money and memory of serving a model to many clients."""
-    inference = gpt4lib.inference
-    counted(args, "gpus", "batch", "input", "output", "tp", "pp", "ep")
+def _servers(args: argparse.Namespace) -> Any:
+    """The estimator of what options describe; its plan fills all --gpus."""
+    counted(args, "gpus", "tp", "pp", "ep")
     counted(args, "price", least=1e-9)
     spec, n = ModelSpec.load(args.model), args.gpus
     DeviceSpec.preset(args.device)
@@ -143,8 +143,16 @@ def serve(args: argparse.Namespace) -> tuple[Any, str]:
                          f"of experts, tp x its replicas")
     ep = math.gcd(args.ep, dp)                       # over the ranks of tp experts are cut or spread alike
     plan = ParallelPlan(tp=tp, pp=args.pp, dp=dp, ep=ep)
-    estimator = gpt4lib.ServingEstimator(spec, ClusterSpec.around(args.device), plan, args.dtype, args.kv_dtype, engine=args.engine)
-    longest, replicas = args.input + args.output, dp // ep
+    return gpt4lib.ServingEstimator(spec, ClusterSpec.around(args.device), plan, args.dtype, args.kv_dtype, engine=args.engine)
+
+
+def serve(args: argparse.Namespace) -> tuple[Any, str]:
+    """Latency, throughput, money and memory of serving a model to many clients."""
+    inference = gpt4lib.inference
+    counted(args, "batch", "input", "output")
+    estimator, n = _servers(args), args.gpus
+    spec, plan, longest = estimator.spec, estimator.plan, args.input + args.output
+    replicas = plan.dp // plan.ep
     if (room := estimator.largest_batch(longest)) < 1:
         raise ValueError(f"no request of {longest} tokens fits: weights {fmt.bytes_si(estimator.memory(1, 1).by_part['weights'])} of "
                          f"{fmt.bytes_si(estimator.cluster.device.memory_bytes)}; give more --gpus or a smaller --dtype")
@@ -168,6 +176,39 @@ def serve(args: argparse.Namespace) -> tuple[Any, str]:
                   f"{fmt.count(rate)} tokens/s, {fmt.count(rate / n)} a device; a thousand tokens in "
                   f"{fmt.dollars(money['dollars_per_1k_input_tokens'])}, out {fmt.dollars(money['dollars_per_1k_output_tokens'])}; "
                   f"room for {data['largest_batch']} requests\n\none decode step\n{found.decode.explain()}\n\n{table}")
+
+
+def simulate(args: argparse.Namespace) -> tuple[Any, str]:
+    """Requests over time through the engine's own scheduler, with predicted steps for a clock."""
+    from gpt4lib.serving import simulator
+    counted(args, "input", "output", "max_running", "max_batched_tokens")
+    counted(args, "seconds", "ttft", "tpot", least=1e-9)
+    if (args.trace is None) == (args.rate is None):
+        raise ValueError("give either --trace FILE or --rate REQUESTS_A_SECOND")
+    require_known("shape", args.shape, shapes := {"poisson": simulator.poisson, "bursts": simulator.bursts, "diurnal": simulator.diurnal})
+    estimator = _servers(args)
+    requests = simulator.read(args.trace) if args.trace else shapes[args.shape](
+        args.rate, args.seconds, prompt=args.input, answer=args.output, longest=estimator.spec.context // 2, seed=args.seed)
+    lanes = simulator.cluster(estimator, max_running=args.max_running, max_batched_tokens=args.max_batched_tokens)
+    report = simulator.simulate(requests, lanes, _told if sys.stderr.isatty() else None)
+    if not report.ttft:
+        raise ValueError(f"no request was answered, {report.refused} were too long; give a trace with requests that fit")
+    share = lambda values: {f"p{q}": simulator.quantile(values, q / 100) for q in (50, 90, 99)}        # noqa: E731
+    data = {"requests": len(report.ttft), "refused": report.refused, "seconds": report.seconds, "ttft_seconds": share(report.ttft),
+            "tpot_seconds": share(report.tpot), "goodput_requests_per_second": report.goodput(args.ttft, args.tpot),
+            "tokens_per_second": report.tokens_per_second, "utilisation": report.utilisation, "preemptions": report.preemptions,
+            "dollars_per_1k_output_tokens": report.dollars_per_1k_tokens(args.gpus, args.price), "plan": asdict(estimator.plan)}
+    rows = [(name, *map(fmt.seconds, data[key].values())) for name, key in (("first token", "ttft_seconds"), ("each after it", "tpot_seconds"))]
+    return data, (f"{estimator.spec.name} on {args.gpus} x {args.device}, {gpt4lib.planner.name(estimator.plan)}: {len(report.ttft)} requests in "
+                  f"{fmt.seconds(report.seconds)}, {report.refused} refused, {report.preemptions} preemptions\n"
+                  f"{fmt.count(report.tokens_per_second)} tokens/s, busy {fmt.percent(report.utilisation)} of the time, "
+                  f"{fmt.dollars(data['dollars_per_1k_output_tokens'])} for a thousand tokens of answers\n"
+                  f"{data['goodput_requests_per_second']:.3g} requests a second within {args.ttft:g} s and {args.tpot:g} s a token\n\n"
+                  + fmt.table(rows, ("seconds to", "half", "nine tenths", "99 %"), right=(1, 2, 3)))
+
+
+def _told(now: float) -> None:
+    sys.stderr.write(f"\r{fmt.seconds(now)} simulated ")
 
 
 def validate(args: argparse.Namespace) -> tuple[Any, str]:
@@ -212,7 +253,8 @@ def claims(args: argparse.Namespace) -> tuple[Any, str]:
 
 # What each command does, and the groups of options.toml it takes.
 COMMANDS = {params: "model", memory: "model machine layout memory", train: "model machine layout train",
-            plan: "model machine plan", serve: "model serve", validate: "validate", claims: "claims"}
+            plan: "model machine plan", serve: "model servers serve", simulate: "model servers simulate",
+            validate: "validate", claims: "claims"}
 
 
 def options(parser: Parser, groups: str) -> None:

@@ -1,5 +1,6 @@
 """The cluster in simulation: queueing theory where there is one, closed forms where there is no queue, and one policy in both worlds."""
 
+import json
 import math
 from itertools import islice
 from statistics import mean
@@ -8,6 +9,7 @@ import pytest
 
 from gpt4lib import ClusterSpec, ModelSpec, ParallelPlan
 from gpt4lib.analysis.serving_estimator import ServingEstimator
+from gpt4lib.cli import main
 from gpt4lib.nn.transformer import Transformer
 from gpt4lib.serving import simulator as sim
 from gpt4lib.serving.block_pool import BlockPool
@@ -185,3 +187,28 @@ def test_progress_is_told(estimator):
     times = []
     simulate(sim.poisson(2.0, 200, **TOKENS), lanes(seats=8), progress=times.append)
     assert times == sorted(times)
+
+
+def cli(*arguments, capsys):
+    code = main(["simulate", *map(str, arguments)])
+    return code, capsys.readouterr()
+
+
+def test_the_command_simulates_a_rate_or_a_trace(tmp_path, capsys):
+    code, out = cli("llama-3.1-8b", "--rate", 2, "--seconds", 30, "--json", capsys=capsys)
+    data = json.loads(out.out)
+    assert code == 0 and data["refused"] == 0 and data["ttft_seconds"]["p50"] <= data["ttft_seconds"]["p99"] < 1
+    assert 0 < data["utilisation"] < 1 and data["goodput_requests_per_second"] > 0 and data["plan"]["tp"] == 1
+    trace = tmp_path / "t.csv"
+    trace.write_text("arrival_seconds,prompt_tokens,answer_tokens\n0,100,10\n1,200,20\n")
+    code, out = cli("llama-3.1-8b", "--trace", trace, capsys=capsys)
+    assert code == 0 and "2 requests" in out.out and "first token" in out.out
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ((), "give either --trace FILE or --rate"), (("--rate", 1, "--trace", "x.csv"), "give either"), (("--trace", "x.csv"), "x.csv cannot be read"),
+    (("--rate", 1, "--shape", "wave"), "shape='wave' is not known; accepted: poisson, bursts, diurnal"), (("--rate", -1), "most=-1"),
+    (("--rate", 1, "--tp", 3), "do not fit --gpus 1"), (("--rate", 1, "--seconds", 0), "--seconds"), (("--rate", 1e-9), "no request was answered")])
+def test_a_bad_option_is_one_line_and_exit_2(arguments, words, capsys):
+    code, out = cli("llama-3.1-8b", *arguments, capsys=capsys)
+    assert code == 2 and words in out.err and out.err.count("\n") == 1 and not out.out
