@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import sys
 from dataclasses import asdict, fields
@@ -10,6 +11,7 @@ from typing import Any, NoReturn, Sequence
 import gpt4lib                                    # whose modules load on first use
 from gpt4lib import format as fmt
 from gpt4lib.specs import ClusterSpec, DeviceSpec, ModelSpec, ParallelPlan, registry
+from gpt4lib.specs.checks import require_known
 
 
 class Parser(argparse.ArgumentParser):
@@ -128,13 +130,94 @@ def plan(args: argparse.Namespace) -> tuple[Any, str]:
                   + fmt.table([(planner.name(e.plan), found.why(e)) for e in losers]))
 
 
+def _servers(args: argparse.Namespace) -> Any:
+    """The estimator of what options describe; its plan fills all --gpus."""
+    counted(args, "gpus", "tp", "pp", "ep")
+    counted(args, "price", least=1e-9)
+    spec, n = ModelSpec.load(args.model), args.gpus
+    DeviceSpec.preset(args.device)
+    tp = args.tp or max(n // args.pp // args.ep, 1)
+    dp = n // (tp * args.pp)
+    if tp * args.pp * dp != n or (args.ep > 1 and (tp * dp % args.ep or not spec.is_moe)):
+        raise ValueError(f"--tp {tp} --pp {args.pp} --ep {args.ep} do not fit --gpus {n}; tp x pp divides it, and ep, for a mixture "
+                         f"of experts, tp x its replicas")
+    ep = math.gcd(args.ep, dp)                       # over the ranks of tp experts are cut or spread alike
+    plan = ParallelPlan(tp=tp, pp=args.pp, dp=dp, ep=ep)
+    return gpt4lib.ServingEstimator(spec, ClusterSpec.around(args.device), plan, args.dtype, args.kv_dtype, engine=args.engine)
+
+
+def serve(args: argparse.Namespace) -> tuple[Any, str]:
+    """Latency, throughput, money and memory of serving a model to many clients."""
+    inference = gpt4lib.inference
+    counted(args, "batch", "input", "output")
+    estimator, n = _servers(args), args.gpus
+    spec, plan, longest = estimator.spec, estimator.plan, args.input + args.output
+    replicas = plan.dp // plan.ep
+    if (room := estimator.largest_batch(longest)) < 1:
+        raise ValueError(f"no request of {longest} tokens fits: weights {fmt.bytes_si(estimator.memory(1, 1).by_part['weights'])} of "
+                         f"{fmt.bytes_si(estimator.cluster.device.memory_bytes)}; give more --gpus or a smaller --dtype")
+    found = inference.under_load(estimator, args.batch / replicas, args.input, args.output)
+    used, table = _bytes(estimator.memory(max(int(found.running), 1), longest), estimator.cluster.device)
+    devices = n // replicas
+    money = {f"dollars_per_1k_{what}_tokens": found.dollars_per_1k(devices, args.price, args.utilisation, input_len=length)
+             for what, length in (("input", args.input), ("output", 0))}
+    rate = replicas * found.tokens_per_second
+    joules = 1000 * gpt4lib.cost.joules(n, 1 / rate, estimator.cluster.device.power_watts)
+    data = {"ttft_seconds": found.ttft_seconds, "tpot_seconds": found.tpot_seconds, "tokens_per_second": rate,
+            "tokens_per_second_per_device": rate / n, **money, "joules_per_1k_output_tokens": joules,
+            "bound_by": found.decode.bound_by, "memory": {**used, "fits": estimator.memory(1, longest).fits(estimator.cluster.device)},
+            "running": replicas * found.running, "largest_batch": int(replicas * room),
+            "largest_context": estimator.largest_context(args.batch / replicas), "plan": asdict(plan), "by_term": found.decode.by_term}
+    (first, first90), (each, each90) = (gpt4lib.efficiency.error(q, "serving.toml") for q in ("ttft", "tpot"))
+    bars = f"{fmt.percent(first, 0)} and {fmt.percent(each, 0)}, nine in ten within {fmt.percent(first90, 0)} and {fmt.percent(each90, 0)}"
+    return data, (f"{spec.name} to {args.batch} clients, {args.input} tokens in, {args.output} out, {n} x {args.device}, "
+                  f"{gpt4lib.planner.name(plan)}\nfirst token after {fmt.seconds(found.ttft_seconds)}, then one every "
+                  f"{fmt.seconds(found.tpot_seconds)}; of measured runs not used for fitting half are within {bars}\n"
+                  f"{fmt.count(rate)} tokens/s, {fmt.count(rate / n)} a device; a thousand tokens in "
+                  f"{fmt.dollars(money['dollars_per_1k_input_tokens'])}, out {fmt.dollars(money['dollars_per_1k_output_tokens'])}; "
+                  f"room for {data['largest_batch']} requests\n\none decode step\n{found.decode.explain()}\n\n{table}")
+
+
+def simulate(args: argparse.Namespace) -> tuple[Any, str]:
+    """Requests over time through the engine's own scheduler, with predicted steps for a clock."""
+    from gpt4lib.serving import simulator
+    counted(args, "input", "output", "max_running", "max_batched_tokens")
+    counted(args, "seconds", "ttft", "tpot", least=1e-9)
+    if (args.trace is None) == (args.rate is None):
+        raise ValueError("give either --trace FILE or --rate REQUESTS_A_SECOND")
+    require_known("shape", args.shape, shapes := {"poisson": simulator.poisson, "bursts": simulator.bursts, "diurnal": simulator.diurnal})
+    estimator = _servers(args)
+    requests = simulator.read(args.trace) if args.trace else shapes[args.shape](
+        args.rate, args.seconds, prompt=args.input, answer=args.output, longest=estimator.spec.context // 2, seed=args.seed)
+    lanes = simulator.cluster(estimator, max_running=args.max_running, max_batched_tokens=args.max_batched_tokens)
+    report = simulator.simulate(requests, lanes, _told if sys.stderr.isatty() else None)
+    if not report.ttft:
+        raise ValueError(f"no request was answered, {report.refused} were too long; give a trace with requests that fit")
+    share = lambda values: {f"p{q}": simulator.quantile(values, q / 100) for q in (50, 90, 99)}        # noqa: E731
+    data = {"requests": len(report.ttft), "refused": report.refused, "seconds": report.seconds, "ttft_seconds": share(report.ttft),
+            "tpot_seconds": share(report.tpot), "goodput_requests_per_second": report.goodput(args.ttft, args.tpot),
+            "tokens_per_second": report.tokens_per_second, "utilisation": report.utilisation, "preemptions": report.preemptions,
+            "dollars_per_1k_output_tokens": report.dollars_per_1k_tokens(args.gpus, args.price), "plan": asdict(estimator.plan)}
+    rows = [(name, *map(fmt.seconds, data[key].values())) for name, key in (("first token", "ttft_seconds"), ("each after it", "tpot_seconds"))]
+    return data, (f"{estimator.spec.name} on {args.gpus} x {args.device}, {gpt4lib.planner.name(estimator.plan)}: {len(report.ttft)} requests in "
+                  f"{fmt.seconds(report.seconds)}, {report.refused} refused, {report.preemptions} preemptions\n"
+                  f"{fmt.count(report.tokens_per_second)} tokens/s, busy {fmt.percent(report.utilisation)} of the time, "
+                  f"{fmt.dollars(data['dollars_per_1k_output_tokens'])} for a thousand tokens of answers\n"
+                  f"{data['goodput_requests_per_second']:.3g} requests a second within {args.ttft:g} s and {args.tpot:g} s a token\n\n"
+                  + fmt.table(rows, ("seconds to", "half", "nine tenths", "99 %"), right=(1, 2, 3)))
+
+
+def _told(now: float) -> None:
+    sys.stderr.write(f"\r{fmt.seconds(now)} simulated ")
+
+
 def validate(args: argparse.Namespace) -> tuple[Any, str]:
     """Predictions beside published measurements."""
     v = gpt4lib.validation
     rows, pricer = v.read(args.file), v.Pricer()
     results = [pricer.price(row) for row in rows]
     args.problems = [row["problem"] for row in rows if row["problem"]]
-    groups = {group: [r for r in results if r.group == group] for group in ("step_time", "peak_memory_bytes")}
+    groups = {group: [r for r in results if r.group == group] for group in dict.fromkeys(r.group for r in results)}
     parts = {"all": results, "held out": [r for r in results if not r.fitted], "fitted": [r for r in results if r.fitted]}
     told = {f"{group}, {part}": v.average(v.by_source(r for r in found if r.group == group))
             for group in groups for part, found in parts.items()}
@@ -147,8 +230,12 @@ def validate(args: argparse.Namespace) -> tuple[Any, str]:
                 {"predicted": r.predicted, "error": r.error, "bound_by": r.bound_by, "fitted": r.fitted})} for r in results]}
     percent = lambda x: "" if x is None else fmt.percent(x)                                     # noqa: E731
     line = lambda name, s: (name, *(s.get(k, "") for k in ("n", "priced")), *(percent(s.get(k)) for k in v.FIGURES))  # noqa: E731
-    table = [line(f"{source[:60]}, {group.split('_')[0]}", s) for group, found in groups.items()
-             for source, s in v.by_source(found).items()]
+    if any(row["format"] == "serving" for row in rows):
+        data |= {f"by_{kind}": v.by(results, lambda r: f"{getattr(r, kind)}, {r.group}") for kind in ("engine", "model", "device")}
+        table = [line(name, s) for kind in ("engine", "model", "device") for name, s in sorted(data[f"by_{kind}"].items())]
+    else:
+        table = [line(f"{source[:60]}, {group.split('_')[0]}", s) for group, found in groups.items()
+                 for source, s in v.by_source(found).items()]
     table += [line(f"average of sources: {name}", s) for name, s in told.items()] + [line("every row", data["overall"])]
     table += [line("every row below 5 % MFU", data["below_5_percent_mfu"])] if badly else []
     text = fmt.table(table, ("source", "n", "priced", "median", "mean", "p90", "bias"), right=(1, 2, 3, 4, 5, 6))
@@ -166,7 +253,8 @@ def claims(args: argparse.Namespace) -> tuple[Any, str]:
 
 # What each command does, and the groups of options.toml it takes.
 COMMANDS = {params: "model", memory: "model machine layout memory", train: "model machine layout train",
-            plan: "model machine plan", validate: "validate", claims: "claims"}
+            plan: "model machine plan", serve: "model servers serve", simulate: "model servers simulate",
+            validate: "validate", claims: "claims"}
 
 
 def options(parser: Parser, groups: str) -> None:

@@ -171,3 +171,40 @@ def test_chinese_survives_an_ascii_terminal_and_no_colour_reaches_a_file():
 def test_help_and_version():
     assert run("--help").returncode == 0 and "claims" in run("--help").stdout
     assert run("--version").stdout.startswith("gpt4lib 0.")
+
+
+SERVE = ("serve", "llama-3.1-70b", "--device", "h100-sxm", "--gpus", "8", "--batch", "64", "--input", "1024", "--output", "512")
+
+
+def test_serve_json_has_the_stable_keys():
+    data = json.loads(run(*SERVE, "--dtype", "fp8", "--kv-dtype", "fp8", "--price", "2", "--utilisation", "0.5", "--json").stdout)
+    assert {"ttft_seconds", "tpot_seconds", "tokens_per_second", "tokens_per_second_per_device", "dollars_per_1k_input_tokens",
+            "dollars_per_1k_output_tokens", "bound_by", "memory"} <= set(data)
+    assert data["tokens_per_second"] == pytest.approx(8 * data["tokens_per_second_per_device"])
+    request = data["ttft_seconds"] + 511 * data["tpot_seconds"]
+    assert data["tokens_per_second"] == pytest.approx(64 * 512 / request) and data["bound_by"] in data["by_term"]
+    assert data["memory"]["fits"] and data["plan"]["tp"] == 8 and data["largest_batch"] > 64
+    cheap = json.loads(run(*SERVE, "--dtype", "fp8", "--kv-dtype", "fp8", "--json").stdout)
+    for key in ("dollars_per_1k_input_tokens", "dollars_per_1k_output_tokens"):
+        assert data[key] == pytest.approx(4 * cheap[key])
+
+
+@pytest.mark.parametrize("flags, plan", [((), (8, 1, 1)), (("--tp", "2"), (2, 4, 1)), (("--tp", "1", "--ep", "8"), (1, 8, 8)),
+                                         (("--tp", "8", "--ep", "8"), (8, 1, 1)), (("--tp", "2", "--ep", "8"), (2, 4, 4))])
+def test_experts_lie_on_the_devices_there_are(flags, plan):
+    command = ["serve", "mixtral-8x7b", "--gpus", "8", "--batch", "32", "--input", "500", "--output", "100", *flags]
+    found = json.loads(run(*command, "--json").stdout)["plan"]
+    assert (found["tp"], found["dp"], found["ep"]) == plan
+    text = run(*command).stdout
+    assert "first token after" in text and "half are within" in text and "one decode step" in text
+
+
+@pytest.mark.parametrize("flags, words", [
+    (("--gpus", "7"), "n_heads=64 is not divisible by tp=7"), (("--tp", "3"), "--tp 3 --pp 1 --ep 1 do not fit --gpus 8"),
+    (("--ep", "8"), "do not fit --gpus 8"), (("--gpus", "1"), "no request of 1536 tokens fits: weights 141 GB of 80.0 GB"),
+    (("--batch", "0"), "--batch 0 is not accepted"), (("--utilisation", "2"), "utilisation=2.0 is not accepted"),
+    (("--dtype", "int3"), "dtype 'int3' is not known"), (("--device", "abacus"), "device 'abacus' is not a preset"),
+    (("--price", "-1"), "--price -1.0 is not accepted"), (("--kv-dtype", "x"), "dtype 'x' is not known"), (("--tp", "0"), "--tp 0")])
+def test_bad_serving_is_one_line_and_exit_2(flags, words):
+    result = run(*SERVE, *flags)
+    assert result.returncode == 2 and result.stdout == "" and result.stderr.count("\n") == 1 and words in result.stderr

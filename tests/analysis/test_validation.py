@@ -224,3 +224,111 @@ def test_summaries():
                      "p90_abs_error": pytest.approx(0.3), "bias": pytest.approx(0.1)}
     groups = v.by_source([make(0.1, mfu=0.4), make(5.0, mfu=0.01)])
     assert groups["a"]["n"] == groups["a" + v.APART]["n"] == 1 and v.average(groups)["mean_abs_error"] == pytest.approx(0.1)
+
+
+# --- rows of serving --------------------------------------------------------------------------------------
+SERVED = SHIPPED.with_name("inference.csv")
+
+
+@pytest.fixture(scope="module")
+def served_rows():
+    return v.read(SERVED)
+
+
+@pytest.fixture(scope="module")
+def served_results(served_rows):
+    pricer = v.Pricer()
+    return [pricer.price(row) for row in served_rows]
+
+
+def test_nineteen_served_rows_in_twenty_are_priced(served_results):
+    assert v.summary(served_results)["priced"] >= 0.95 * len(served_results)
+
+
+def test_the_files_of_serving_agree_with_what_the_tool_writes(served_rows, served_results, monkeypatch):
+    """Error bars and loss are those of the constants as they stand; the rows fitted to are of models that no row left out has."""
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    tool = runpy.run_path(str(ROOT / "tools" / "fit_serving.py"))
+    table, held = registry.read("gpt4lib.analysis", "serving.toml"), {r.model for r in served_results if not r.fitted}
+    assert not held & {r.model for r in served_results if r.fitted}
+    assert {"deepseek-v3", "kimi-k2.5", "glm-5"} & held and {"minimax-m2.5", "qwen3.5-397b-a17b", "deepseek-v3"} & held
+    for group in tool["GROUPS"]:
+        errors = sorted(abs(r.error) for r in served_results if r.group == group and not r.fitted and not r.unpriced)
+        known = efficiency.error(group.split("_")[0], "serving.toml")
+        assert known == pytest.approx([errors[int(share * len(errors))] for share in (0.5, 0.9)], abs=6e-5)
+    half, values = tool["half"](served_rows), tool["values"]()
+    assert len(half) == table["fit"]["rows"] and tool["loss"](values, half, tool["START"]) == pytest.approx(table["fit"]["loss"], abs=2e-4)
+
+
+def test_names_and_measured_values_change_nothing_of_serving(served_rows, served_results):
+    pricer = v.Pricer()
+    for row, known in list(zip(served_rows, served_results))[::7]:
+        bare = pricer.price({**row, "id": "x", "source": "x", "system": "x", "value": 1.0})
+        assert bare.predicted == known.predicted
+
+
+@pytest.mark.parametrize("quantity", v.FORMATS["serving"]["words"]["quantity"])
+@pytest.mark.parametrize("loaded", ["", "under load"])
+def test_a_served_row_made_of_the_prediction_has_no_error(quantity, loaded, served_rows):
+    row = {**served_rows[-1], "quantity": quantity, "note": loaded, "value": 1.0}
+    once = v.Pricer().price(row)
+    assert v.Pricer().price({**row, "value": once.predicted}).error == 0
+
+
+def test_quantities_of_one_run_add_up(served_rows):
+    row = {**served_rows[100], "value": 1.0}
+    assert not row["note"] and row["batch"] > 1
+    first, whole, decoding, each, rate, out = (v.Pricer().price({**row, "quantity": q}).predicted for q in (
+        "prefill_seconds", "total_seconds", "decode_total_seconds", "tpot_seconds", "decode_tokens_per_second",
+        "output_tokens_per_second_per_device"))
+    assert whole == pytest.approx(first + decoding) and decoding == pytest.approx((row["output_len"] - 1) * each)
+    assert rate == pytest.approx(row["batch"] / each) and out == pytest.approx(row["batch"] * row["output_len"] / whole / row["n_devices"])
+
+
+@pytest.fixture
+def served_raw(tmp_path):
+    """Three rows with a config that lies beside the file."""
+    with SERVED.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["config"].endswith("llama-3.1-8b.json")][:3]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "llama.json").write_bytes((SERVED.parent / "configs" / "llama-3.1-8b.json").read_bytes())
+    return [{**row, "config": "mine/llama.json"} for row in rows]
+
+
+@pytest.mark.parametrize("column, value, words", [
+    ("tp", "two", "column tp: 'two' is not accepted; give an integer from 0"), ("batch", "0", "column batch"),
+    ("input_len", "-5", "column input_len"), ("value", "nan", "column value"), ("quantity", "speed", "column quantity: 'speed'"),
+    ("config", "mine/other.json", "column config: "), ("value", "", "column value: empty")])
+def test_a_bad_served_value_is_named_and_the_others_are_priced(tmp_path, served_raw, column, value, words):
+    served_raw[1][column] = value
+    path = written(tmp_path, served_raw)
+    found = [v.Pricer().price(row) for row in v.read(path)]
+    assert f"{path} line 3, " in found[1].unpriced and words in found[1].unpriced
+    assert [bool(r.unpriced) for r in found] == [False, True, False]
+
+
+@pytest.mark.parametrize("column, value, reason", [
+    ("device", "abacus", "device 'abacus' is not a preset"), ("weight_dtype", "int3", "dtype 'int3' is not known"),
+    ("n_devices", "7", "is not n_devices=7"), ("batch", "", "batch is not published"), ("config", "", "neither config nor n_layers")])
+def test_what_cannot_be_served_says_why(tmp_path, served_raw, column, value, reason):
+    served_raw[0][column] = value
+    assert reason in v.Pricer().price(v.read(written(tmp_path, served_raw))[0]).unpriced
+
+
+def test_a_served_file_needs_its_columns_but_not_those_of_an_architecture(tmp_path, served_raw):
+    optional = ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff", "gated_ffn", "vocab_size", "attention_dp", "source", "note", "id")
+    path = written(tmp_path, served_raw, [c for c in served_raw[0] if c not in optional])
+    assert all(v.Pricer().price(row).predicted for row in v.read(path))
+    path = written(tmp_path, served_raw, [c for c in served_raw[0] if c not in ("tp", "engine")])
+    with pytest.raises(ValueError, match="line 1: no column tp, engine; needed are n_devices"):
+        v.read(path)
+
+
+@pytest.mark.parametrize("given, plan, times", [
+    ((8, 8, 1, 8, 1), (8, 1, 1), 1), ((64, 64, 1, 8, 1), (8, 1, 1), 1), ((16, 16, 0, 4, 0), (4, 1, 1), 1), ((8, 1, 1, 8, 8), (1, 8, 8), 8),
+    ((64, 1, 1, 8, 64), (1, 8, 8), 64), ((16, 4, 1, 16, 4), (4, 1, 1), 4), ((4, 2, 1, 4, 2), (2, 1, 1), 2), ((8, 4, 2, 1, 1), (4, 1, 1), 1)])
+def test_a_degree_counted_twice_is_counted_once(given, plan, times):
+    """Two labels of one run, which appears in the file with eight devices and with 64, to the last digit alike."""
+    from gpt4lib.analysis import served
+    found, of_clients = served.layout(*given, routed=True)
+    assert (found.tp, found.dp, found.ep) == plan and of_clients == times
