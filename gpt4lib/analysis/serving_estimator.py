@@ -5,7 +5,7 @@ host's turn; `efficiency.Serving` says how far real machines stay below their da
 """
 
 import math
-from collections import namedtuple
+from collections import Counter, namedtuple
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -122,7 +122,7 @@ class ServingEstimator:
         self.ranks = plan.ep
         self.missed = 1 - spec.top_k / spec.n_experts if spec.is_moe else 1.0
         self.window = spec.window or 0
-        self.stages = [self._seconds(w) for w in self.works]
+        self.stages = list(Counter(map(self._seconds, self.works)).items())         # alike ones once
         held = memory.device_parameters(spec, plan) * dtype_bytes(dtype)
         self.room = max(device.memory_bytes - held, 0.0) * k.room
 
@@ -152,11 +152,11 @@ class ServingEstimator:
         pairs = chunk * cached + chunk * (chunk + 1) / 2
         near_pairs = flops.pairs(chunk, cached, True, window) if window and chunk else 0
         rows, found, slowest = mine + (chunk > 0) / ranks, [], 0.0
-        for (w0, w1, e0, e1, h0, h1, c0, c1, s0, p0, p1, p2, p3, kernels, t0, t1, x0, x1, d0, d1) in self.stages:
+        for (w0, w1, e0, e1, h0, h1, c0, c1, s0, p0, p1, p2, p3, kernels, t0, t1, x0, x1, d0, d1), times in self.stages:
             here = (w0 + tokens * w1, e0 * touched + tokens * e1, h0 + rows * h1, mine * (context * c0 + near * c1 + s0),
                     (pairs * p0 + near_pairs * p1 + chunk * p2 + cached * p3) / ranks, kernels, t0 + tokens * t1, x0 + tokens * x1,
                     d0 + tokens * d1)
-            found.append(here)
+            found.append(here if times == 1 else [times * seconds for seconds in here])
             slowest = max(slowest, sum(here))
         total = found[0] if len(found) == 1 else map(sum, zip(*found))
         return Step(Terms(*total, k.step_seconds + batch * self.engine.sequence_seconds), slowest)
