@@ -4,8 +4,8 @@ the other models beside them.
     python tools/fit_serving.py            a minute or two on one core
 
 The half is `served.is_fitted`: a hash of a model's shape, so that whole models are left out. Loss: the mean over models and
-quantities of the mean |predicted / measured - 1|, each error capped at one, times to the first token weighing `FIRST` next to
-the others; plus `fit_efficiency`'s weak pull towards where a value is known from elsewhere, and its search. A run published twice counts once.
+quantities of the mean |predicted / measured - 1|, each error capped at a half, times to the first token weighing `FIRST` next to
+the others, and a model with fewer rows than `FEW` less; plus `fit_efficiency`'s weak pull towards where a value is known from elsewhere, and its search. A run published twice counts once.
 """
 
 import datetime
@@ -20,12 +20,12 @@ from gpt4lib.analysis import validation as v
 DATA = fit.DATA.with_name("inference.csv")
 HERE = fit.HERE.with_name("serving.toml")
 GROUPS = ("tpot_seconds", "ttft_seconds", "total_seconds")
-FIRST = 0.4
+FIRST, FEW = 0.4, 30
 
 # Where each constant starts, and how far it may go.
 START = {
     "matmul.ampere": (0.77, 0.3, 1), "matmul.hopper": (0.63, 0.3, 1), "matmul.blackwell": (0.5, 0.2, 1), "narrow": (0.9, 0.3, 1),
-    "grouped": (0.3, 0.05, 1), "attention": (0.5, 0.1, 0.8), "memory": (0.9, 0.5, 1), "link": (0.6, 0.3, 0.9),
+    "grouped": (0.3, 0.05, 1), "attention": (0.5, 0.1, 0.8), "memory": (0.85, 0.6, 1), "link": (0.6, 0.3, 0.9),
     "sum_seconds": (9e-6, 2e-6, 3e-5), "kernel_seconds": (2.2e-6, 5e-7, 1e-5), "step_seconds": (4e-4, 1e-6, 3e-3), "room": (0.85, 0.6, 1),
     "request_seconds": (0.05, 1e-3, 0.2), "prompt_turns": (1.0, 0.5, 4),
     "fastertransformer.launch": (2.0, 1, 5), "sglang.sequence_seconds": (1e-5, 1e-7, 1e-4), "sglang.prompt_wait": (0.06, 1e-3, 1), "sglang.admission_steps": (10, 0.1, 30),
@@ -47,8 +47,8 @@ def loss(values: dict[str, float], rows: list[dict], known: dict[str, tuple]) ->
     pricer, told = v.Pricer(serving=build(values)), {}
     for row in rows:
         found = pricer.price(row)
-        told.setdefault((found.model, found.group), []).append(min(abs(found.error), 1.0))
-    weights = {key: FIRST if key[1] == "ttft_seconds" else 1.0 for key in told}
+        told.setdefault((found.model, found.group), []).append(min(abs(found.error), fit.CAP))
+    weights = {key: (FIRST if key[1] == "ttft_seconds" else 1.0) * min(1, len(e) / FEW) for key, e in told.items()}
     fitted = sum(weights[key] * sum(e) / len(e) for key, e in told.items()) / sum(weights.values())
     return fitted + fit.PULL * sum((math.log(values[k] / start) / 0.3) ** 2 for k, (start, *_) in known.items()) / len(known)
 

@@ -12,8 +12,15 @@ from typing import Mapping, NamedTuple
 from gpt4lib.specs import DeviceSpec, registry
 
 
+class ByGeneration:
+    def of(self, table: str, device: DeviceSpec) -> float:
+        """A generation's fraction; one never fitted gets the lowest of those that were."""
+        values = getattr(self, table)
+        return values.get(device.generation, min(values.values()))
+
+
 @dataclass(frozen=True)
-class Efficiency:
+class Efficiency(ByGeneration):
     """Fractions of the datasheet and fixed costs in seconds and bytes."""
     matmul: Mapping[str, float] = field(hash=False)      # of the dense peak, in large products, by GPU generation
     attention: Mapping[str, float] = field(hash=False)   # of the dense peak, in fused attention kernels
@@ -33,11 +40,6 @@ class Efficiency:
     working_layers: float            # gradients in flight in the backward pass, in layers' activations
     logit_bytes: float               # of a logit and its copies while the loss is computed
 
-    def of(self, table: str, device: DeviceSpec) -> float:
-        """A generation's fraction; one never fitted gets the lowest of those that were."""
-        values = getattr(self, table)
-        return values.get(device.generation, min(values.values()))
-
 
 @lru_cache(maxsize=None)
 def fitted() -> Efficiency:
@@ -55,7 +57,7 @@ class Engine(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Serving:
+class Serving(ByGeneration):
     """The constants behind every estimate of serving, fitted by `tools/fit_serving.py`; `serving.toml` holds them."""
     matmul: Mapping[str, float] = field(hash=False)      # of the dense peak, by GPU generation
     engines: Mapping[str, Engine] = field(hash=False)
@@ -70,11 +72,6 @@ class Serving:
     room: float                      # of the memory beside the weights, for the cache
     request_seconds: float           # to let a request in and its first token out
     prompt_turns: float              # of reading its own prompt, until the first token
-
-    def of(self, table: str, device: DeviceSpec) -> float:
-        """A generation's fraction; one never fitted gets the lowest of those that were."""
-        values = getattr(self, table)
-        return values.get(device.generation, min(values.values()))
 
     def engine(self, name: str) -> Engine:
         """The engine whose name this is, whatever its version; one never fitted gets the mean of those that were, and graphs."""

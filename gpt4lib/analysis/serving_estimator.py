@@ -4,6 +4,8 @@ A step is the sum, part by part, of the time of its bytes and of its arithmetic,
 host's turn; `efficiency.Serving` says how far real machines stay below their datasheets. Nothing else is fitted.
 """
 
+import math
+from collections import Counter, namedtuple
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -63,18 +65,8 @@ def work(spec: ModelSpec, plan: ParallelPlan, stage: int, dtype: str, kv_dtype: 
         sums=(2 * len(layers) + last) * (plan.tp > 1), swaps=2 * local.n_moe_layers * (plan.ep > 1))
 
 
-class Terms(NamedTuple):
-    """Seconds of one step."""
-    products: float
-    experts: float
-    head: float
-    cache: float
-    prompt: float
-    kernels: float
-    tensor: float
-    exchange: float
-    sends: float
-    host: float
+FORMULAS = registry.read("gpt4lib.analysis", "terms.toml")["serving"]
+Terms = namedtuple("Terms", FORMULAS)             # seconds of one step, by what takes them
 
 
 class Step(NamedTuple):
@@ -97,8 +89,8 @@ class Step(NamedTuple):
 
     def explain(self) -> str:
         """Every term with its share and formula, and how far off such estimates have been."""
-        known, (median, p90) = registry.read("gpt4lib.analysis", "terms.toml")["serving"], eff.error("tpot", "serving.toml")
-        rows = [(term, fmt.seconds(t), fmt.percent(t / self.seconds), known[term]) for term, t in self.by_term.items() if t]
+        median, p90 = eff.error("tpot", "serving.toml")
+        rows = [(term, fmt.seconds(t), fmt.percent(t / self.seconds), FORMULAS[term]) for term, t in self.by_term.items() if t]
         return (f"{fmt.seconds(self.seconds)} a step; of measured times per token not used for fitting, half are within "
                 f"{fmt.percent(median, 0)}, nine in ten within {fmt.percent(p90, 0)}\n"
                 + fmt.table(rows, ("term", "time", "share", "formula"), right=(1, 2)))
@@ -125,24 +117,19 @@ class ServingEstimator:
         full = half * k.of("matmul", device)
         self.matmul = full if dtype in ("int8", "int4") else max(device.peak.get(dtype, 0) * k.of("matmul", device) * k.narrow, full)
         self.head, self.attention, self.grouped = full, half * k.attention, self.matmul * k.grouped
-        if spec.is_moe and dtype == "int4":
-            self.matmul = full
         self.bandwidth, self.link = device.memory_bandwidth * k.memory, device.link_bandwidth * k.link
         self.network = cluster.inter_node_bandwidth * k.link
         self.ranks = plan.ep
         self.missed = 1 - spec.top_k / spec.n_experts if spec.is_moe else 1.0
         self.window = spec.window or 0
-        self.stages = [self._seconds(w) for w in self.works]
+        self.stages = list(Counter(map(self._seconds, self.works)).items())         # alike ones once
         held = memory.device_parameters(spec, plan) * dtype_bytes(dtype)
         self.room = max(device.memory_bytes - held, 0.0) * k.room
-
-    def _wire(self, n: int) -> float:
-        """Bytes a second to the other of n ranks: the network's where they do not fit in a node."""
-        return self.link if n <= self.cluster.devices_per_node else self.network
 
     def _seconds(self, w: Work) -> tuple[float, ...]:
         """A stage's work as seconds: once a step, a token, a sequence, a cached token, a query-key pair."""
         k, tp, memory_, attention = self.efficiency, self.plan.tp, self.bandwidth, self.attention
+        wire = lambda n: self.link if n <= self.cluster.devices_per_node else self.network      # noqa: E731
         hidden = 2 * self.spec.d_model
         a_sum, launch = k.sum_seconds * self.engine.launch, k.kernel_seconds * self.engine.launch
         exchanged = hidden * self.spec.top_k * (self.ranks - 1) / self.ranks
@@ -151,9 +138,9 @@ class ServingEstimator:
                 w.cache[0] / memory_ + w.scores[0] / attention, w.cache[1] / memory_ + w.scores[1] / attention,
                 w.state / memory_ + w.linear_flop / attention,
                 w.fresh_scores[0] / attention, w.fresh_scores[1] / attention, w.linear_flop / attention, w.cache[0] / memory_,
-                w.kernels * launch, w.sums * a_sum, w.sums * hidden * 2 * (tp - 1) / tp / self._wire(tp),
-                w.swaps * a_sum, w.swaps * exchanged / self._wire(tp * self.ranks),
-                a_sum * (self.plan.pp > 1), hidden / self._wire(tp * self.plan.pp) * (self.plan.pp > 1))
+                w.kernels * launch, w.sums * a_sum, w.sums * hidden * 2 * (tp - 1) / tp / wire(tp),
+                w.swaps * a_sum, w.swaps * exchanged / wire(tp * self.ranks),
+                a_sum * (self.plan.pp > 1), hidden / wire(tp * self.plan.pp) * (self.plan.pp > 1))
 
     def step(self, batch, context, chunk=0, cached=0) -> Step:
         """`batch` sequences of the replica decode a token each after `context` cached ones, and `chunk` tokens of a prompt are
@@ -165,11 +152,11 @@ class ServingEstimator:
         pairs = chunk * cached + chunk * (chunk + 1) / 2
         near_pairs = flops.pairs(chunk, cached, True, window) if window and chunk else 0
         rows, found, slowest = mine + (chunk > 0) / ranks, [], 0.0
-        for (w0, w1, e0, e1, h0, h1, c0, c1, s0, p0, p1, p2, p3, kernels, t0, t1, x0, x1, d0, d1) in self.stages:
+        for (w0, w1, e0, e1, h0, h1, c0, c1, s0, p0, p1, p2, p3, kernels, t0, t1, x0, x1, d0, d1), times in self.stages:
             here = (w0 + tokens * w1, e0 * touched + tokens * e1, h0 + rows * h1, mine * (context * c0 + near * c1 + s0),
                     (pairs * p0 + near_pairs * p1 + chunk * p2 + cached * p3) / ranks, kernels, t0 + tokens * t1, x0 + tokens * x1,
                     d0 + tokens * d1)
-            found.append(here)
+            found.append(here if times == 1 else [times * seconds for seconds in here])
             slowest = max(slowest, sum(here))
         total = found[0] if len(found) == 1 else map(sum, zip(*found))
         return Step(Terms(*total, k.step_seconds + batch * self.engine.sequence_seconds), slowest)
@@ -194,12 +181,11 @@ class ServingEstimator:
         return self.room * self.ranks / a_sequence
 
     def largest_context(self, batch) -> float:
-        """Tokens that each of `batch` sequences may have; infinite if only states of fixed size are kept."""
-        mine, room, found = batch / self.ranks, self.room, float("inf")
-        for w in self.works:
-            left = room / mine - w.state / 2
-            near = left / (w.cache[0] + w.cache[1]) if sum(w.cache) else float("inf")
-            if near > self.window and w.cache[1]:
-                near = (left - w.cache[1] * self.window) / w.cache[0] if w.cache[0] else float("inf")
-            found = min(found, max(near, 0.0))
-        return found
+        """Tokens that each of `batch` sequences may have, to a thousandth; infinite where no layer keeps them all."""
+        low, high = 0.0, 1e9
+        if self.largest_batch(high) >= batch:
+            return math.inf
+        while high - low > max(1e-3 * low, 0.5):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.largest_batch(middle) >= batch else (low, middle)
+        return low

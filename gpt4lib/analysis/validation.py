@@ -243,7 +243,7 @@ class Pricer:
     """Prices rows, with one estimator for each model and machine."""
 
     def __init__(self, efficiency: eff.Efficiency | None = None, serving: eff.Serving | None = None) -> None:
-        self.efficiency, self.serving_constants, self.estimators = efficiency, serving or eff.serving(), {}
+        self.efficiency, self.serving, self.estimators = efficiency, serving or eff.serving(), {}
 
     def estimator(self, it: Case) -> Estimator:
         key = (it.spec, it.cluster, it.seq_len, it.dtype, it.gradient_dtype, it.fused, it.two_gradients)
@@ -258,13 +258,12 @@ class Pricer:
         if row["problem"]:
             return replace(bare, unpriced=row["problem"])
         try:
-            return replace(bare, **(self.serving if row["format"] == "serving" else self.training)(row, bare))
+            if row["format"] == "serving":
+                from gpt4lib.analysis import served
+                return replace(bare, **served.price(row, self.serving))
+            return replace(bare, **self.training(row, bare))
         except ValueError as reason:
             return replace(bare, unpriced=str(reason))
-
-    def serving(self, row: Mapping[str, Any], bare: Result) -> dict[str, Any]:
-        from gpt4lib.analysis import served
-        return served.price(row, self.serving_constants)
 
     def training(self, row: Mapping[str, Any], bare: Result) -> dict[str, Any]:
         it = case(row)

@@ -332,3 +332,14 @@ def test_a_degree_counted_twice_is_counted_once(given, plan, times):
     from gpt4lib.analysis import served
     found, of_clients = served.layout(*given, routed=True)
     assert (found.tp, found.dp, found.ep) == plan and of_clients == times
+
+
+@pytest.mark.parametrize("name", ["deepseek-v3", "llama-3.1-8b"])
+def test_the_shipped_configs_are_the_presets(name):
+    from gpt4lib import ModelSpec
+    assert ModelSpec.from_hf(SERVED.parent / "configs" / f"{name}.json").with_(name=name) == ModelSpec.preset(name)
+
+
+def test_every_shipped_config_has_rows(served_rows):
+    used = {Path(row["config"]).name for row in served_rows if row["config"]}
+    assert used == {path.name for path in (SERVED.parent / "configs").iterdir()}
