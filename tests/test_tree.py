@@ -85,10 +85,10 @@ def code_lines(source: str) -> int:
 
 
 def test_small_is_a_promise():
-    """Under 330 lines a file, and about 6,000 lines of code in all: the line is drawn at 6,300."""
+    """Under 330 lines a file, and about 6,000 lines of code in all: the line is drawn at 7,000."""
     sources = {str(p): p.read_text("utf8") for p in SOURCES}
     assert {p: n for p, s in sources.items() if (n := s.count("\n")) > 330} == {}
-    assert sum(map(code_lines, sources.values())) < 6300
+    assert sum(map(code_lines, sources.values())) < 7000
 
 
 def test_lines_of_code_are_counted():
