@@ -9,9 +9,10 @@ from importlib import import_module as _import_module
 __version__ = "0.1.0"
 
 _HOMES = {"ModelSpec": "specs", "DeviceSpec": "specs", "ClusterSpec": "specs", "ParallelPlan": "specs",
-          "parameters": "analysis.parameters", "ParameterCount": "analysis.parameters", "Estimator": "analysis.estimator"}
+          "parameters": "analysis.parameters", "ParameterCount": "analysis.parameters", "Estimator": "analysis.estimator",
+          "ServingEstimator": "analysis.serving_estimator"}
 _ANALYSES = ("flops", "memory", "roofline", "inference", "collectives", "pipeline", "training", "planner", "validation", "cost",
-             "scaling_laws")
+             "efficiency", "scaling_laws")
 _MODULES = {name: f"analysis.{name}" for name in _ANALYSES} | {name: name for name in ("recorded", "ledger", "plotting")}
 __all__ = [*_HOMES, *_MODULES]
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import sys
 from dataclasses import asdict, fields
@@ -128,6 +129,47 @@ def plan(args: argparse.Namespace) -> tuple[Any, str]:
                   + fmt.table([(planner.name(e.plan), found.why(e)) for e in losers]))
 
 
+def serve(args: argparse.Namespace) -> tuple[Any, str]:
+    """Latency, throughput, money and memory of serving a model to many clients."""
+    inference = gpt4lib.inference
+    counted(args, "gpus", "batch", "input", "output", "tp", "pp", "ep")
+    counted(args, "price", least=1e-9)
+    spec, n = ModelSpec.load(args.model), args.gpus
+    DeviceSpec.preset(args.device)
+    tp = args.tp or max(n // args.pp // args.ep, 1)
+    dp = n // (tp * args.pp)
+    if tp * args.pp * dp != n or (args.ep > 1 and (tp * dp % args.ep or not spec.is_moe)):
+        raise ValueError(f"--tp {tp} --pp {args.pp} --ep {args.ep} do not fit --gpus {n}; tp x pp divides it, and ep, for a mixture "
+                         f"of experts, tp x its replicas")
+    ep = math.gcd(args.ep, dp)                       # over the ranks of tp experts are cut or spread alike
+    plan = ParallelPlan(tp=tp, pp=args.pp, dp=dp, ep=ep)
+    estimator = gpt4lib.ServingEstimator(spec, ClusterSpec.around(args.device), plan, args.dtype, args.kv_dtype, engine=args.engine)
+    longest, replicas = args.input + args.output, dp // ep
+    if (room := estimator.largest_batch(longest)) < 1:
+        raise ValueError(f"no request of {longest} tokens fits: weights {fmt.bytes_si(estimator.memory(1, 1).by_part['weights'])} of "
+                         f"{fmt.bytes_si(estimator.cluster.device.memory_bytes)}; give more --gpus or a smaller --dtype")
+    found = inference.under_load(estimator, args.batch / replicas, args.input, args.output)
+    used, table = _bytes(estimator.memory(max(int(found.running), 1), longest), estimator.cluster.device)
+    devices = n // replicas
+    money = {f"dollars_per_1k_{what}_tokens": found.dollars_per_1k(devices, args.price, args.utilisation, input_len=length)
+             for what, length in (("input", args.input), ("output", 0))}
+    rate = replicas * found.tokens_per_second
+    joules = 1000 * gpt4lib.cost.joules(n, 1 / rate, estimator.cluster.device.power_watts)
+    data = {"ttft_seconds": found.ttft_seconds, "tpot_seconds": found.tpot_seconds, "tokens_per_second": rate,
+            "tokens_per_second_per_device": rate / n, **money, "joules_per_1k_output_tokens": joules,
+            "bound_by": found.decode.bound_by, "memory": {**used, "fits": estimator.memory(1, longest).fits(estimator.cluster.device)},
+            "running": replicas * found.running, "largest_batch": int(replicas * room),
+            "largest_context": estimator.largest_context(args.batch / replicas), "plan": asdict(plan), "by_term": found.decode.by_term}
+    (first, first90), (each, each90) = (gpt4lib.efficiency.error(q, "serving.toml") for q in ("ttft", "tpot"))
+    bars = f"{fmt.percent(first, 0)} and {fmt.percent(each, 0)}, nine in ten within {fmt.percent(first90, 0)} and {fmt.percent(each90, 0)}"
+    return data, (f"{spec.name} to {args.batch} clients, {args.input} tokens in, {args.output} out, {n} x {args.device}, "
+                  f"{gpt4lib.planner.name(plan)}\nfirst token after {fmt.seconds(found.ttft_seconds)}, then one every "
+                  f"{fmt.seconds(found.tpot_seconds)}; of measured runs not used for fitting half are within {bars}\n"
+                  f"{fmt.count(rate)} tokens/s, {fmt.count(rate / n)} a device; a thousand tokens in "
+                  f"{fmt.dollars(money['dollars_per_1k_input_tokens'])}, out {fmt.dollars(money['dollars_per_1k_output_tokens'])}; "
+                  f"room for {data['largest_batch']} requests\n\none decode step\n{found.decode.explain()}\n\n{table}")
+
+
 def validate(args: argparse.Namespace) -> tuple[Any, str]:
     """Predictions beside published measurements."""
     v = gpt4lib.validation
@@ -166,7 +208,7 @@ def claims(args: argparse.Namespace) -> tuple[Any, str]:
 
 # What each command does, and the groups of options.toml it takes.
 COMMANDS = {params: "model", memory: "model machine layout memory", train: "model machine layout train",
-            plan: "model machine plan", validate: "validate", claims: "claims"}
+            plan: "model machine plan", serve: "model serve", validate: "validate", claims: "claims"}
 
 
 def options(parser: Parser, groups: str) -> None:

@@ -12,6 +12,7 @@ are left out. Search: one constant after the other, up or down by a step that gr
 import datetime
 import math
 from pathlib import Path
+from typing import Callable
 
 from gpt4lib.analysis import efficiency as eff
 from gpt4lib.analysis import validation as v
@@ -56,7 +57,7 @@ def loss(values: dict[str, float], rows: list[dict], known: dict[str, tuple]) ->
     return fit + PULL * sum((math.log(values[k] / start) / 0.3) ** 2 for k, (start, *_) in known.items()) / len(known)
 
 
-def search(values: dict[str, float], rows: list[dict], known: dict[str, tuple]) -> float:
+def search(values: dict[str, float], rows: list[dict], known: dict[str, tuple], loss: Callable = loss) -> float:
     best, steps = loss(values, rows, known), dict.fromkeys(known, 0.25)
     while max(steps.values()) > 0.01:
         for name, (_, low, high) in known.items():

@@ -17,7 +17,7 @@ from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from statistics import mean, median
-from typing import Any, Iterable, Mapping, NamedTuple
+from typing import Any, Callable, Iterable, Mapping, NamedTuple
 
 from gpt4lib.analysis import efficiency as eff
 from gpt4lib.analysis.estimator import Estimator
@@ -25,8 +25,9 @@ from gpt4lib.analysis.training import Estimate
 from gpt4lib.specs import DTYPE_BYTES, RECOMPUTE, ClusterSpec, LatentAttention, ModelSpec, ParallelPlan, registry
 from gpt4lib.specs.checks import require
 
-NUMBERS, WORDS = registry.read("gpt4lib.analysis", "measured/columns.toml").values()
-COLUMNS, QUANTITIES = (*NUMBERS, *WORDS, "value"), WORDS["quantity"]
+FORMATS = registry.read("gpt4lib.analysis", "measured/columns.toml")
+WORDS = FORMATS["training"]["words"]
+QUANTITIES = WORDS["quantity"]
 FIGURES = ("median_abs_error", "mean_abs_error", "p90_abs_error", "bias")
 BADLY_SCALED = 0.05                  # a measured MFU below which a run is set apart
 APART = " (below 5 % MFU)"
@@ -58,6 +59,9 @@ class Result:
     fits: bool | None = None         # whether the run, which took place, is predicted to fit its device
     mfu: float | None = None         # as measured, causal attention; None for memory
     unpriced: str = ""
+    model: str = ""                  # of serving: what a group may be told apart by
+    engine: str = ""
+    device: str = ""
 
     @property
     def error(self) -> float | None:
@@ -71,13 +75,15 @@ class Result:
 
     @property
     def group(self) -> str:
-        return "peak_memory_bytes" if self.quantity == "peak_memory_bytes" else "step_time"
+        apart = ("peak_memory_bytes", "ttft_seconds", "tpot_seconds")
+        return self.quantity if self.quantity in apart else "step_time" if self.quantity in QUANTITIES else "total_seconds"
 
 
 def read(path: str | Path) -> list[dict[str, Any]]:
     """The rows of a file as numbers and words, each with its `line`; a value that cannot be read becomes `problem`.
 
-    ValueError, one line, naming the file if it cannot be read and the column if one is missing.
+    A file with a column `input_len` is one of serving, another of training; `format` says which. A `config` is the path of a
+    config.json, seen from the file. ValueError, one line, naming the file if it cannot be read and the column if one is missing.
     """
     try:
         text = Path(path).read_text("utf-8-sig")
@@ -86,18 +92,25 @@ def read(path: str | Path) -> list[dict[str, Any]]:
         raise ValueError(f"{path} cannot be read ({why}); give a CSV file") from None
     reader = csv.DictReader(io.StringIO(text, newline=""))
     try:
-        missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
-        require(not missing, f"{path} line 1: no column {', '.join(missing)}; needed are {', '.join(COLUMNS)}")
-        return [_row(path, reader.line_num, raw) for raw in reader]
+        kind = "serving" if "input_len" in (reader.fieldnames or ()) else "training"
+        numbers, words = FORMATS[kind].values()
+        needed = [name for name in (*numbers, *words, "value") if not numbers.get(name, {}).get("optional")]
+        missing = [name for name in needed if name not in (reader.fieldnames or ())]
+        require(not missing, f"{path} line 1: no column {', '.join(missing)}; needed are {', '.join(needed)}")
+        return [_row(path, reader.line_num, raw, kind) for raw in reader]
     except csv.Error as error:
         raise ValueError(f"{path} line {reader.line_num}: {error}; give a CSV file") from None
 
 
-def _row(path: str | Path, line: int, raw: Mapping[str, str]) -> dict[str, Any]:
-    row = {"line": line, "problem": "", **{k: (v or "").strip() for k, v in raw.items() if isinstance(k, str)}}
+def _row(path: str | Path, line: int, raw: Mapping[str, str], kind: str) -> dict[str, Any]:
+    numbers, words = FORMATS[kind].values()
+    row = {"line": line, "problem": "", **{k: (v or "").strip() for k, v in raw.items() if isinstance(k, str)}, "format": kind}
     try:
-        row |= {name: _number(name, row[name]) for name in (*NUMBERS, "value")}
-        for name, accepted in WORDS.items():
+        if kind == "serving" and row.get("config"):
+            row["config"] = str(Path(path).parent / row["config"])
+            require(Path(row["config"]).exists(), f"column config: {row['config']} does not exist; give the path of a config.json")
+        row |= {name: _number(name, row.get(name, ""), numbers) for name in (*numbers, "value")}
+        for name, accepted in words.items():
             if accepted and row[name] not in accepted:
                 raise ValueError(f"column {name}: {row[name]!r} is not accepted; give {', '.join(filter(None, accepted))}")
         require(row["value"] is not None, "column value: empty; give the measured number")
@@ -106,10 +119,10 @@ def _row(path: str | Path, line: int, raw: Mapping[str, str]) -> dict[str, Any]:
     return row
 
 
-def _number(name: str, text: str) -> float | int | None:
+def _number(name: str, text: str, numbers: Mapping[str, Mapping]) -> float | int | None:
     if not text:
         return None
-    limits = NUMBERS.get(name, {})
+    limits = numbers.get(name, {})
     least, most = limits.get("least", 1), limits.get("most", 10 ** 9)
     try:
         number = float(text)
@@ -119,7 +132,7 @@ def _number(name: str, text: str) -> float | int | None:
         return number
     if name != "value" and least <= number <= most and number.is_integer():
         return int(number)
-    wanted = "a positive number" if name == "value" else f"an integer from 1 to {most}"
+    wanted = "a positive number" if name == "value" else f"an integer from {least} to {most}"
     raise ValueError(f"column {name}: {text!r} is not accepted; give {wanted}")
 
 
@@ -229,8 +242,8 @@ def is_fitted(it: Case) -> bool:
 class Pricer:
     """Prices rows, with one estimator for each model and machine."""
 
-    def __init__(self, efficiency: eff.Efficiency | None = None) -> None:
-        self.efficiency, self.estimators = efficiency, {}
+    def __init__(self, efficiency: eff.Efficiency | None = None, serving: eff.Serving | None = None) -> None:
+        self.efficiency, self.serving_constants, self.estimators = efficiency, serving or eff.serving(), {}
 
     def estimator(self, it: Case) -> Estimator:
         key = (it.spec, it.cluster, it.seq_len, it.dtype, it.gradient_dtype, it.fused, it.two_gradients)
@@ -245,19 +258,26 @@ class Pricer:
         if row["problem"]:
             return replace(bare, unpriced=row["problem"])
         try:
-            it = case(row)
-            estimator = self.estimator(it)
-            found = choose(estimator, it.plans)
+            return replace(bare, **(self.serving if row["format"] == "serving" else self.training)(row, bare))
         except ValueError as reason:
             return replace(bare, unpriced=str(reason))
+
+    def serving(self, row: Mapping[str, Any], bare: Result) -> dict[str, Any]:
+        from gpt4lib.analysis import served
+        return served.price(row, self.serving_constants)
+
+    def training(self, row: Mapping[str, Any], bare: Result) -> dict[str, Any]:
+        it = case(row)
+        estimator = self.estimator(it)
+        found = choose(estimator, it.plans)
         predicted, used = quantity(row["quantity"], found, estimator), None
         if bare.group == "step_time":                     # its error is that of the step, whatever it measures
             ratio = bare.measured / predicted if row["quantity"] == "iteration_seconds" else predicted / bare.measured
             scores = 3 * (estimator.score_flop - estimator.score_flop * (it.seq_len + 1) / 2 / it.seq_len)
             useful = found.flop - found.plan.global_batch * scores
             used = useful / (found.step_seconds * ratio * found.peak)
-        return replace(bare, predicted=predicted, bound_by=found.bound_by, mfu=used, fitted=is_fitted(it),
-                       fits=found.memory.fits(it.cluster.device))
+        return {"predicted": predicted, "bound_by": found.bound_by, "mfu": used, "fitted": is_fitted(it),
+                "fits": found.memory.fits(it.cluster.device)}
 
 
 def summary(results: Iterable[Result]) -> dict[str, float | int | None]:
@@ -275,12 +295,17 @@ def apart(result: Result) -> bool:
     return result.mfu is not None and result.mfu < BADLY_SCALED
 
 
-def by_source(results: Iterable[Result]) -> dict[str, dict]:
-    """A summary for each source; rows that are `apart` stand under a name of their own."""
+def by(results: Iterable[Result], name: Callable[[Result], str]) -> dict[str, dict]:
+    """A summary for each name."""
     groups: dict[str, list[Result]] = {}
     for r in results:
-        groups.setdefault(r.source + APART if apart(r) else r.source, []).append(r)
-    return {source: summary(found) for source, found in groups.items()}
+        groups.setdefault(name(r), []).append(r)
+    return {key: summary(found) for key, found in groups.items()}
+
+
+def by_source(results: Iterable[Result]) -> dict[str, dict]:
+    """A summary for each source; rows that are `apart` stand under a name of their own."""
+    return by(results, lambda r: r.source + APART if apart(r) else r.source)
 
 
 def average(summaries: Mapping[str, Mapping]) -> dict[str, float]:
