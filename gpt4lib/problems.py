@@ -75,6 +75,12 @@ def _predicted_without_the_smallest() -> float:
     return scaling_laws.loss(run["beyond"]["parameters"], run["beyond"]["tokens"], law)
 
 
+def _prompt_that_fills() -> int:
+    """The shortest prompt that GPT-4 in FP8 on H100s reads no faster than its arithmetic allows."""
+    ridge = roofline.ridge(DeviceSpec.preset("h100-sxm"), "fp8")
+    return next(n for n in range(1, 9999) if flops.forward(_gpt4(), 1, n, causal=True).total > ridge * inference.weights_read(_gpt4(), n))
+
+
 def _somebody_gives_way(n_blocks: int) -> bool:
     """Whether a pool of that many blocks of 4 is too small for chapter 9's six requests on four seats."""
     scheduler = Scheduler(BlockPool(n_blocks, 4), max_running=4, max_batched_tokens=16)
@@ -123,6 +129,12 @@ EXPECTED: dict[str, Callable[[], float]] = {
     "5.4": lambda: next(b for b in range(1, 100) if roofline.distinct_experts(16, 2, b) >= 0.9 * 16),
     "5.5": lambda: 16 * 4 * (2 / 4) * (1 / 4) / 2,
     "5.6": lambda: inference.weights_read(_gpt4(n_experts=128, top_k=16, d_expert=_gpt4().d_ff // 8), 8),
+    "6.1": lambda: 4 * 2.039e12 / (2 * inference.weights_read(ModelSpec.preset("llama-3.1-70b"), 1)),
+    "6.2": lambda: 2 * 128 / 0.5,
+    "6.3": lambda: max(80, 8 * math.ceil(80 / 6)),
+    "6.4": _prompt_that_fills,
+    "6.5": lambda: inference.decode_step(_gpt4(), DeviceSpec.preset("a100-40gb"), ParallelPlan(tp=8, pp=8), 32, 2048, "int8").seconds,
+    "6.6": lambda: 1 / inference.decode_step(ModelSpec.preset("mixtral-8x7b"), DeviceSpec.preset("h200"), ParallelPlan(), 1, 4096).seconds,
     "8.1": lambda: memory.kv_cache_bytes(ModelSpec.preset("llama-3.1-70b"), 1, 1),
     "8.2": lambda: memory.kv_cache_bytes(ModelSpec.preset("palm-540b").with_(n_kv_heads=48, head_dim=128), 512, 2048),
     "8.3": lambda: _cache_equals_weights(64),

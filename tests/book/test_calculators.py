@@ -189,6 +189,21 @@ def test_chapter_5_formulas_are_the_library_s():
         assert (v["E"], v["k"], v["r"]) == (m.n_experts, m.top_k, round(roofline.ridge(device, "bf16")))
 
 
+def test_chapter_6_formulas_are_the_library_s():
+    (form,) = forms(ROOT / "chapters" / "06_inference.ipynb")
+    names = {"gpt-4 on A100s": ("a100-40gb", "bf16"), "gpt-4 on H100s in FP8": ("h100-sxm", "fp8"), "llama-3.1-70b on A100s": ("a100-80gb", "bf16")}
+    assert form.inputs == form.presets["gpt-4 on A100s"]
+    for name, (card, dtype) in names.items():
+        v, device = form.presets[name], DeviceSpec.preset(card)
+        count, peak = parameters(ModelSpec.preset(name.partition(" on ")[0])), device.peak_flop_rate(dtype)
+        read = v["t"] * device.memory_bandwidth / (v["b"] / 8)
+        ridge = roofline.ridge(device, dtype)
+        library = {"tokens a second, alone": read / count.active, "tokens a second, in a crowd": read / count.total,
+                   "prompt tokens a second": v["t"] * peak / (2 * count.active), "FLOP per byte wanted": ridge,
+                   "tokens that fill a pass": ridge * v["b"] / 16 * count.total / count.active}
+        assert all(ours == pytest.approx(theirs, rel=0.01) for ours, theirs in computed(form, v, library)), name
+
+
 def test_chapter_8_formulas_are_the_library_s():
     (form,) = forms(ROOT / "chapters" / "08_multi_query_attention.ipynb")
     dice = random.Random(1)
