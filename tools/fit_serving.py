@@ -1,11 +1,12 @@
 """Fits the constants of `gpt4lib/analysis/serving.toml` to the published measurements of half of the models, and writes the error on
-the other models beside them.
+the others beside them.
 
-    python tools/fit_serving.py            a minute or two on one core
+    python tools/fit_serving.py            some minutes on one core
 
-The half is `served.is_fitted`: a hash of a model's shape, so that whole models are left out. Loss: the mean over models and
-quantities of the mean |predicted / measured - 1|, each error capped at a half, times to the first token weighing `FIRST` next to
-the others, and a model with fewer rows than `FEW` less; plus `fit_efficiency`'s weak pull towards where a value is known from elsewhere, and its search. A run published twice counts once.
+Which half, `served.is_fitted` says: a hash of a model's shape, so that whole models are left out. Loss: the mean over models and
+quantities of the mean |predicted / measured - 1|, each error capped at a half; times to the first token, which spread by factors,
+count as |log(predicted / measured)| and weigh `FIRST` next to the others, and a model with fewer rows than `FEW` less; plus
+`fit_efficiency`'s weak pull towards where each constant starts, and its search. A run published twice counts once.
 """
 
 import datetime
@@ -47,7 +48,8 @@ def loss(values: dict[str, float], rows: list[dict], known: dict[str, tuple]) ->
     pricer, told = v.Pricer(serving=build(values)), {}
     for row in rows:
         found = pricer.price(row)
-        told.setdefault((found.model, found.group), []).append(min(abs(found.error), fit.CAP))
+        off = math.log(found.predicted / found.measured) if found.group == "ttft_seconds" else found.error
+        told.setdefault((found.model, found.group), []).append(min(abs(off), fit.CAP))
     weights = {key: (FIRST if key[1] == "ttft_seconds" else 1.0) * min(1, len(e) / FEW) for key, e in told.items()}
     fitted = sum(weights[key] * sum(e) / len(e) for key, e in told.items()) / sum(weights.values())
     return fitted + fit.PULL * sum((math.log(values[k] / start) / 0.3) ** 2 for k, (start, *_) in known.items()) / len(known)
