@@ -2,7 +2,7 @@
 
     python benchmarks/simulator.py        writes results/simulator_cpu.json, or results/simulator_cuda.json where there is a GPU
 
-Step times of this machine are measured on one mix of requests and fitted by five numbers; with them as its clock the simulator
+Step times of this machine are measured on two mixes of requests and fitted by five numbers; with them as its clock the simulator
 answers other mixes, all at once and arriving over time, and the real engine does the same. Then a day of GPT-4 as reported on 128 GPUs.
 """
 
@@ -90,8 +90,8 @@ def cross_check() -> list[dict]:
     model = Transformer(SPEC, seed=0).to(DEVICE, DTYPE).requires_grad_(False)
     trace = lambda n, seed, rate: [Request(i / rate if rate else 0.0, len(p), a) for i, (p, a) in enumerate(zip(*mix(n, seed=seed)))]
     real(model, trace(4, 9, 0))
-    *_, steps, seconds = real(model, trace(48, 1, 0))
-    costs, rows = fitted(steps, seconds), []
+    full, few = real(model, trace(48, 1, 0)), real(model, trace(24, 5, 3.0))              # steps of many sequences and of few
+    costs, rows = fitted(full[2] + few[2], full[3] + few[3]), []
     for name, n, seed, rate in (("all at once", 48, 2, 0), ("2 a second", 32, 3, 2.0), ("4 a second", 48, 4, 4.0)):
         requests = trace(n, seed, rate)
         first, ends, *_ = real(model, requests)
