@@ -43,12 +43,15 @@ def layout(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None and value is not False}
 
 
+LARGEST = 1e30           # of any number an option gives: more tokens than anybody will count
+
+
 def counted(args: argparse.Namespace, *names: str, least: float = 1) -> None:
     """ValueError, one line, for an option that is given and below `least`, infinite or no number."""
     for name in names:
         value = getattr(args, name)
-        if value is not None and not least <= value < float("inf"):
-            raise ValueError(f"--{name.replace('_', '-')} {value} is not accepted; give a number >= {least}")
+        if value is not None and not least <= value <= LARGEST:
+            raise ValueError(f"--{name.replace('_', '-')} {str(value)[:60]} is not accepted; give a number >= {least}")
 
 
 def _estimator(args: argparse.Namespace, spec: ModelSpec) -> Any:
@@ -149,13 +152,15 @@ def serve(args: argparse.Namespace) -> tuple[Any, str]:
     counted(args, "batch", "input", "output")
     estimator, n, longest = _servers(args), args.gpus, args.input + args.output
     spec, plan, device, room = estimator.spec, estimator.plan, estimator.cluster.device, estimator.largest_batch(longest)
-    replicas, inference = plan.dp // plan.ep, gpt4lib.inference
+    replicas, inference = min(plan.dp // plan.ep, args.batch), gpt4lib.inference         # no more than have a client
+    if longest > spec.context:
+        raise ValueError(f"--input {args.input} and --output {args.output} are more than {spec.name}'s context of {spec.context}; lower one")
     if room < 1:
         weights = fmt.bytes_si(estimator.memory(1, 1).by_part["weights"])
         raise ValueError(f"no request of {longest} tokens fits: weights {weights} of {fmt.bytes_si(device.memory_bytes)}; "
                          f"give more --gpus or a smaller --dtype")
     found = inference.under_load(estimator, args.batch / replicas, args.input, args.output)
-    used, table = _bytes(estimator.memory(max(int(found.running), 1), longest), device)
+    used, table = _bytes(estimator.memory(max(int(found.running), 1), args.input + args.output // 2), device)
     money = [found.dollars_per_1k(n // replicas, args.price, args.utilisation, input_len=length) for length in (args.input, 0)]
     rate = replicas * found.tokens_per_second
     data = {"ttft_seconds": found.ttft_seconds, "tpot_seconds": found.tpot_seconds, "tokens_per_second": rate,

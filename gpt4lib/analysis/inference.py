@@ -6,7 +6,7 @@ from gpt4lib.analysis import cost, flops, memory, roofline
 from gpt4lib.analysis.parameters import parameters
 from gpt4lib.analysis.serving_estimator import ServingEstimator, Step
 from gpt4lib.specs import DeviceSpec, ModelSpec, ParallelPlan, dtype_bytes
-from gpt4lib.specs.checks import require
+from gpt4lib.specs.checks import positive, require
 
 
 def weights_read(spec: ModelSpec, batch):
@@ -67,7 +67,7 @@ class Service(NamedTuple):
 def _decode(estimator: ServingEstimator, batch, context) -> tuple[Step, float]:
     """A step of the batches that fill a pipeline, and the seconds between two tokens: a batch comes round when every stage has
     had its turn with every batch."""
-    step = estimator.step(batch / estimator.plan.pp, context)
+    step = estimator.step(max(batch / estimator.plan.pp, min(batch, 1)), context)
     return step, max(step.seconds, estimator.plan.pp * step.turn)
 
 
@@ -85,14 +85,17 @@ def under_load(estimator: ServingEstimator, clients, input_len, output_len) -> S
     `prompt_wait` of these prompts is read before one's own instead. What has no room waits for a place: a request's time
     for every `running` ahead of it (Little 1961).
     """
-    k, context = estimator.efficiency, input_len + output_len / 2
+    positive("clients", clients)
+    k, pp, context = estimator.efficiency, estimator.plan.pp, input_len + output_len / 2
     running = min(clients, max(estimator.largest_batch(context), 1.0))
     step, decode = _decode(estimator, running, context)
-    own = estimator.step(0, 0, input_len).seconds
-    prompt = max(estimator.step(running / estimator.plan.pp, context, input_len).seconds - step.seconds, 0.0)
-    others, wait = running - 1, estimator.engine.prompt_wait
+    first, mixed = estimator.prefill(input_len), estimator.step(max(running / pp, min(running, 1)), context, input_len)
+    own, held, prompt = first.seconds, first.seconds, mixed.seconds - step.seconds
+    if pp > 1:                                             # a prompt takes its time through all stages, but holds each for a turn
+        held, prompt = first.turn, mixed.turn - step.turn
+    others, wait = max(running - 1, 0), estimator.engine.prompt_wait
     tpot = decode + (1 - wait) * others * prompt / output_len
-    ttft = k.request_seconds + own * (k.prompt_turns + wait * others) + estimator.engine.admission_steps * decode
+    ttft = k.request_seconds + own * k.prompt_turns + held * wait * others + estimator.engine.admission_steps * decode
     request = own + output_len * tpot
     ttft += (clients - running) / running * request
     return Service(ttft, tpot, clients * output_len / (ttft + (output_len - 1) * tpot), running, step, prompt, decode / running)
@@ -118,4 +121,4 @@ def disaggregated(prefill: ServingEstimator, decode: ServingEstimator, clients, 
     moved = max(w.cache[0] * input_len + w.cache[1] * min(input_len, prefill.window) + w.state / 2 for w in prefill.works)
     rate = running / tpot
     return Pools(k.request_seconds + own + moved / prefill.network + decode.engine.admission_steps * tpot, tpot, rate,
-                 rate / output_len * own, running)
+                 rate / output_len * (own if prefill.plan.pp == 1 else prefill.prefill(input_len).turn), running)

@@ -4,7 +4,6 @@ A step is the sum, part by part, of the time of its bytes and of its arithmetic,
 host's turn; `efficiency.Serving` says how far real machines stay below their datasheets. Nothing else is fitted.
 """
 
-import math
 from collections import Counter, namedtuple
 from functools import lru_cache
 from typing import NamedTuple
@@ -142,19 +141,20 @@ class ServingEstimator:
                 w.swaps * a_sum, w.swaps * exchanged / wire(tp * self.ranks),
                 a_sum * (self.plan.pp > 1), hidden / wire(tp * self.plan.pp) * (self.plan.pp > 1))
 
-    def step(self, batch, context, chunk=0, cached=0) -> Step:
+    def step(self, batch, context, chunk=0, cached=0, pieces=1, pairs=None) -> Step:
         """`batch` sequences of the replica decode a token each after `context` cached ones, and `chunk` tokens of a prompt are
-        read after `cached` of its own; plain numbers."""
+        read after `cached` of its own; plain numbers. Where the chunk is of several prompts, `pieces` of them, `cached` is
+        their mean, and `pairs` the queries with their keys, of all."""
         ranks, k, window = self.ranks, self.efficiency, self.window
-        mine, tokens = batch / ranks, (batch + chunk) / ranks
+        mine, tokens = max(batch / ranks, min(batch, 1)), (batch + chunk) / ranks
         touched = 1 - self.missed ** (batch + chunk)
         near = context if context < window else window
-        pairs = chunk * cached + chunk * (chunk + 1) / 2
+        pairs = chunk * cached + chunk * (chunk + 1) / 2 if pairs is None else pairs
         near_pairs = flops.pairs(chunk, cached, True, window) if window and chunk else 0
-        rows, found, slowest = mine + (chunk > 0) / ranks, [], 0.0
+        rows, found, slowest = mine + (chunk > 0) * pieces / ranks, [], 0.0
         for (w0, w1, e0, e1, h0, h1, c0, c1, s0, p0, p1, p2, p3, kernels, t0, t1, x0, x1, d0, d1), times in self.stages:
             here = (w0 + tokens * w1, e0 * touched + tokens * e1, h0 + rows * h1, mine * (context * c0 + near * c1 + s0),
-                    (pairs * p0 + near_pairs * p1 + chunk * p2 + cached * p3) / ranks, kernels, t0 + tokens * t1, x0 + tokens * x1,
+                    (pairs * p0 + near_pairs * p1 + chunk * p2 + pieces * cached * p3) / ranks, kernels, t0 + tokens * t1, x0 + tokens * x1,
                     d0 + tokens * d1)
             found.append(here if times == 1 else [times * seconds for seconds in here])
             slowest = max(slowest, sum(here))
@@ -181,10 +181,10 @@ class ServingEstimator:
         return self.room * self.ranks / a_sequence
 
     def largest_context(self, batch) -> float:
-        """Tokens that each of `batch` sequences may have, to a thousandth; infinite where no layer keeps them all."""
-        low, high = 0.0, 1e9
+        """Tokens that each of `batch` sequences may have, to a thousandth, and at most the model's context."""
+        low, high = 0.0, float(self.spec.context)
         if self.largest_batch(high) >= batch:
-            return math.inf
+            return high
         while high - low > max(1e-3 * low, 0.5):
             middle = (low + high) / 2
             low, high = (middle, high) if self.largest_batch(middle) >= batch else (low, middle)

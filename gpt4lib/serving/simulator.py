@@ -12,7 +12,7 @@ import heapq
 import math
 import random
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, NamedTuple, Sequence as Many
 
@@ -76,6 +76,8 @@ def read(path: str | Path) -> Iterator[Request]:
     traces, TIMESTAMP, ContextTokens, GeneratedTokens. ValueError, one line, names file, line and column."""
     try:
         rows = list(csv.DictReader(Path(path).read_text("utf-8-sig").splitlines()))
+    except csv.Error as error:
+        raise ValueError(f"{path}: {error}; give a CSV file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'}); give a CSV file") from None
     ours, azure = ("arrival_seconds", "prompt_tokens", "answer_tokens"), ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
@@ -88,7 +90,7 @@ def read(path: str | Path) -> Iterator[Request]:
             try:
                 values.append(kind(row[name]))
                 require(math.isfinite(values[-1]) and values[-1] >= (kind is int), "")
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, OverflowError):
                 wanted = "tokens, an integer >= 1" if kind is int else "a time, in order"
                 raise ValueError(f"{path} line {line}, column {name}: {row[name]!r} is not accepted; give {wanted}") from None
         first = values[0] if first is None else first
@@ -98,7 +100,8 @@ def read(path: str | Path) -> Iterator[Request]:
 
 
 def _moment(text: str) -> float:
-    return datetime.fromisoformat(text[:26]).timestamp()
+    moment = datetime.fromisoformat(text if len(text) < 27 else text[:26])        # Azure writes seven digits of a second
+    return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
 
 
 # --- the cluster ---------------------------------------------------------------------------------------------
@@ -118,28 +121,28 @@ class Lane:
 def predicted(estimator: ServingEstimator) -> Clock:
     """Steps priced by the estimator: decoding sequences at their mean context, and the pieces of prompts together."""
     def clock(step: Step) -> Cost:
-        decodes = context = chunk = cached = 0
+        decodes = context = chunk = cached = pieces = pairs = 0
         for _, start, stop in step.work:
             if stop - start == 1:
                 decodes += 1
                 context += stop
             else:
-                chunk += stop - start
-                cached += start * (stop - start)
-        found = estimator.step(decodes, context / decodes if decodes else 0, chunk, cached / chunk if chunk else 0)
+                n = stop - start
+                chunk, cached, pieces, pairs = chunk + n, cached + start, pieces + 1, pairs + n * (start + (n + 1) / 2)
+        found = estimator.step(decodes, context / max(decodes, 1), chunk, cached / max(pieces, 1), pieces, pairs)
         return Cost(found.seconds, found.turn)
     return clock
 
 
 def cluster(estimator: ServingEstimator, *, block_size: int = 16, max_running: int = 256, max_batched_tokens: int = 2048,
-            mean_context: int = 0, **scheduler) -> list[Lane]:
-    """The lanes of the estimator's plan: dp replicas (one, if they share experts), each with pp batches under way and an equal part
-    of the blocks that its memory has room for."""
-    plan, lanes = estimator.plan, []
-    n_blocks = int(estimator.largest_batch(block_size) / plan.pp)
+            typical_context: int = 2048, **scheduler) -> list[Lane]:
+    """The lanes of the estimator's plan: dp / ep replicas, each with pp batches under way and an equal part of the blocks that its
+    memory has room for, where sequences have `typical_context` tokens (it matters for windows and for states of fixed size)."""
+    plan, lanes, blocks = estimator.plan, [], -(-min(typical_context, estimator.spec.context) // block_size)
+    n_blocks = int(estimator.largest_batch(blocks * block_size) * blocks / plan.pp)
     require(n_blocks > 0, f"{estimator.spec.name} leaves no room for a cache on {estimator.cluster.device.name} under tp={plan.tp}, "
                           f"pp={plan.pp}; use more devices or a narrower dtype")
-    for _ in range(1 if plan.ep > 1 else plan.dp):
+    for _ in range(plan.dp // plan.ep):
         entrance, clock = [0.0], predicted(estimator)
         lanes += [Lane(Scheduler(BlockPool(n_blocks, block_size), max_running, max_batched_tokens, prefix_cache=False, **scheduler),
                        clock, entrance) for _ in range(plan.pp)]
@@ -154,11 +157,11 @@ def quantile(values: Many[float], share: float) -> float:
 
 @dataclass
 class Report:
-    """Times of the requests that were answered, and what the cluster did meanwhile."""
-    ttft: list[float] = field(default_factory=list)            # seconds to the first token, by request
+    """Times of the requests that were answered, in order of completion, and what the cluster did meanwhile."""
+    ttft: list[float] = field(default_factory=list)            # seconds to the first token
     tpot: list[float] = field(default_factory=list)            # seconds a token after it; 0 of answers of one token
     refused: int = 0                                           # requests no lane could ever hold
-    seconds: float = 0.0                                       # from the start to the last token
+    seconds: float = 0.0                                       # from the start to the last token, or of the window
     busy: float = 0.0                                          # seconds that the entrances were taken, summed over pipelines
     pipelines: int = 1
     prompt_tokens: int = 0
@@ -190,12 +193,15 @@ class _Seen(NamedTuple):
     first: list[float]
 
 
-def simulate(requests: Iterable[Request], lanes: Many[Lane], progress: Callable[[float], None] | None = None) -> Report:
+def simulate(requests: Iterable[Request], lanes: Many[Lane], progress: Callable[[float], None] | None = None,
+             window: tuple[float, float] = (0.0, math.inf)) -> Report:
     """Answer a trace, in order of arrival, each request on the lane with the fewest. Deterministic.
 
-    `progress` is told the time after every thousandth event. A lane without work sleeps until a request comes.
+    What is reported is what happens in `window`, and nothing is simulated after it: so the time in which a cluster fills, and the one
+    in which it empties after the last arrival, can be left out. `progress` is told the time after every thousandth step. A lane
+    without work sleeps until a request comes.
     """
-    report = Report(pipelines=len({id(lane.entrance) for lane in lanes}))
+    report, (opens, closes) = Report(pipelines=len({id(lane.entrance) for lane in lanes})), window
     events: list[tuple[float, int]] = []                       # (when a lane's step is done, lane)
     asleep, seen = set(range(len(lanes))), {}
     feed = iter(requests)
@@ -211,29 +217,31 @@ def simulate(requests: Iterable[Request], lanes: Many[Lane], progress: Callable[
         seconds, turn = lane.clock(step)
         enters = max(now, lane.entrance[0])
         lane.entrance[0], lane.step = enters + turn, step
-        report.busy += turn
+        report.busy += turn * (enters >= opens)
         report.steps += 1
         heapq.heappush(events, (enters + seconds, i))
 
-    while events or coming:
+    while (events or coming) and min(events[0][0] if events else math.inf, coming.arrival if coming else math.inf) < closes:
         if coming and (not events or coming.arrival <= events[0][0]):
             now, i = coming.arrival, min(range(len(lanes)), key=lambda i: (lanes[i].load, i))
             sequence = Sequence(range(coming.prompt), coming.answer)
             try:
                 lanes[i].scheduler.add(sequence)
+            except ValueError:
+                report.refused += 1
+            else:
                 seen[sequence] = _Seen(now, [])
-                report.prompt_tokens += coming.prompt
+                report.prompt_tokens += coming.prompt * (now >= opens)
                 if i in asleep:
                     asleep.discard(i)
                     begin(i, now)
-            except ValueError:
-                report.refused += 1
             coming = next(feed, None)
             continue
         now, i = heapq.heappop(events)
-        scheduler, report.seconds = lanes[i].scheduler, max(report.seconds, now)
-        append = scheduler.append
-        for group in scheduler.advance(lanes[i].step):
+        scheduler, report.seconds, counted = lanes[i].scheduler, max(report.seconds, now), now >= opens
+        append, groups = scheduler.append, scheduler.advance(lanes[i].step)
+        report.answer_tokens += counted * len(groups)
+        for group in groups:
             for sequence in group:
                 append(sequence, 0)
                 if len(sequence.generated) == 1:
@@ -241,10 +249,11 @@ def simulate(requests: Iterable[Request], lanes: Many[Lane], progress: Callable[
                 if sequence.finish_reason:
                     arrival, (first,) = seen.pop(sequence)
                     n = len(sequence.generated)
-                    report.answer_tokens += n
-                    report.ttft.append(first - arrival)
-                    report.tpot.append((now - first) / (n - 1) if n > 1 else 0.0)
+                    if counted:
+                        report.ttft.append(first - arrival)
+                        report.tpot.append((now - first) / (n - 1) if n > 1 else 0.0)
         begin(i, now)
         if progress and report.steps % 1000 == 0:
             progress(now)
+    report.seconds = (report.seconds if closes == math.inf else closes) - opens
     return report

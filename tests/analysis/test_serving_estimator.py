@@ -82,10 +82,32 @@ def test_room_is_what_memory_leaves(spec, dtype, plan):
 def test_states_and_windows_leave_room_for_any_context():
     state_only = HYBRID.with_(layer_kinds=("linear",) * 48)
     windowed = LLAMA.with_(window=1024)
-    assert ideal(state_only).largest_context(1) == float("inf") and ideal(state_only).largest_batch(10) == ideal(
+    assert ideal(state_only).largest_context(1) == state_only.context and ideal(state_only).largest_batch(10) == ideal(
         state_only).largest_batch(10 ** 6)
     assert ideal(windowed).largest_batch(1024) == ideal(windowed).largest_batch(10 ** 5) < ideal(LLAMA).largest_batch(100)
     assert ideal(HYBRID).largest_context(4) > 4 * 1024
+
+
+def test_a_pipeline_of_prompts_and_the_simulator_agree():
+    """A prompt holds a pipeline for a turn, not for the time it takes through all stages. Clients that come back at once keep the
+    same number of requests under way as the simulator's arrivals do: throughput within a quarter."""
+    from gpt4lib.serving import simulator
+    spec = ModelSpec.preset("gpt-4")
+    estimator = ServingEstimator(spec, ClusterSpec.around("a100-80gb"), ParallelPlan(tp=8, pp=16))
+    found = inference.under_load(estimator, 1024, 1000, 200)
+    assert found.prompt_seconds < estimator.prefill(1000).seconds / 8
+    steady = [simulator.Request(0.0, 1000, 200) for _ in range(6000)]
+    report = simulator.simulate(steady, simulator.cluster(estimator, max_running=64), window=(200.0, 500.0))
+    assert found.tokens_per_second == pytest.approx(report.tokens_per_second, rel=0.25)
+
+
+def test_fewer_clients_than_there_are_places_is_no_nonsense():
+    mixtral = ServingEstimator(MIXTRAL, ClusterSpec.around("h100-sxm"), ParallelPlan(pp=8, tp=1))
+    alone = ServingEstimator(MIXTRAL, ClusterSpec.around("h100-sxm"), ParallelPlan(tp=1))
+    assert inference.under_load(mixtral, 1, 100, 20).tpot_seconds >= 0.99 * alone.decode_step(1, 110).seconds
+    assert inference.under_load(mixtral, 0.25, 8000, 2).tpot_seconds > 0
+    with pytest.raises(ValueError, match="clients=0"):
+        inference.under_load(mixtral, 0, 100, 20)
 
 
 # --- what moves a step ------------------------------------------------------------------------------------
