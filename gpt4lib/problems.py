@@ -81,6 +81,13 @@ def _prompt_that_fills() -> int:
     return next(n for n in range(1, 9999) if flops.forward(_gpt4(), 1, n, causal=True).total > ridge * inference.weights_read(_gpt4(), n))
 
 
+def _writes_for_twice() -> int:
+    """The batch of GPT-4 in FP8 on H100s whose output, at 1,200 tokens of context, costs under twice what prompts of 8,192 do."""
+    card, plan = DeviceSpec.preset("h100-sxm"), ParallelPlan(tp=8, pp=16)
+    twice = 2 * flops.forward(_gpt4(), 1, 8192, causal=True).total / card.peak_flop_rate("fp8") / 8192 / 8
+    return next(n for n in range(1, 9999) if inference.decode_step(_gpt4(), card, plan, n, 1200, "fp8").seconds / n < twice)
+
+
 def _somebody_gives_way(n_blocks: int) -> bool:
     """Whether a pool of that many blocks of 4 is too small for chapter 9's six requests on four seats."""
     scheduler = Scheduler(BlockPool(n_blocks, 4), max_running=4, max_batched_tokens=16)
@@ -135,6 +142,12 @@ EXPECTED: dict[str, Callable[[], float]] = {
     "6.4": _prompt_that_fills,
     "6.5": lambda: inference.decode_step(_gpt4(), DeviceSpec.preset("a100-40gb"), ParallelPlan(tp=8, pp=8), 32, 2048, "int8").seconds,
     "6.6": lambda: 1 / inference.decode_step(ModelSpec.preset("mixtral-8x7b"), DeviceSpec.preset("h200"), ParallelPlan(), 1, 4096).seconds,
+    "7.1": lambda: cost.dollars_per_1k_tokens(1, 2, 989.5e12 / (2 * 70e9)) / 0.0002,
+    "7.2": lambda: 0.0021 * 3.6 * 0.148 * 312e12 / (2 * 277e9),
+    "7.3": lambda: 10 * 128 * 24 * (1 - 1 / 1.4),
+    "7.4": _writes_for_twice,
+    "7.5": lambda: cost.dollars_per_1k_tokens(4, 2.5, 64 / inference.decode_step(
+        ModelSpec.preset("llama-3.1-70b"), DeviceSpec.preset("h200"), ParallelPlan(tp=4), 64, 4096).seconds),
     "8.1": lambda: memory.kv_cache_bytes(ModelSpec.preset("llama-3.1-70b"), 1, 1),
     "8.2": lambda: memory.kv_cache_bytes(ModelSpec.preset("palm-540b").with_(n_kv_heads=48, head_dim=128), 512, 2048),
     "8.3": lambda: _cache_equals_weights(64),

@@ -204,6 +204,25 @@ def test_chapter_6_formulas_are_the_library_s():
         assert all(ours == pytest.approx(theirs, rel=0.01) for ours, theirs in computed(form, v, library)), name
 
 
+def test_chapter_7_formulas_are_the_library_s():
+    (form,) = forms(ROOT / "chapters" / "07_inference_cost.ipynb")
+    dice = random.Random(1)
+    cases = [form.inputs, *form.presets.values()]
+    for _ in range(50):
+        cases.append(dict(N=dice.randint(1, 2000), P=dice.randint(1, 5000), u=dice.randint(1, 100), s=dice.randint(0, 100),
+                          c=dice.randint(1, 999), M=dice.randint(1, 999)))
+    for v in cases:
+        rate, swing = v["P"] * 1e12 * v["u"] / 100 / (2e9 * v["N"]), 1 + v["s"] / 100
+        million = 1000 * cost.dollars_per_1k_tokens(1, v["c"] / 100, rate)
+        library = {"tokens a second, one card": rate, "dollars for a million tokens": million,
+                   "with cards for the peak": million * swing, "tokens that cost as much as training": v["M"] * 1e12 / (million * swing)}
+        assert all(ours == pytest.approx(theirs, rel=1e-12) for ours, theirs in computed(form, v, library)), v
+    for name, card, dtype in (("gpt-4 on A100s", "a100-40gb", "bf16"), ("gpt-4 on H100s in FP8", "h100-sxm", "fp8"),
+                              ("deepseek-v3 on H800s in FP8", "h800", "fp8")):
+        v, count = form.presets[name], parameters(ModelSpec.preset(name.partition(" on ")[0]))
+        assert (v["N"], v["P"]) == (round(count.active / 1e9), round(DeviceSpec.preset(card).peak_flop_rate(dtype) / 1e12))
+
+
 def test_chapter_8_formulas_are_the_library_s():
     (form,) = forms(ROOT / "chapters" / "08_multi_query_attention.ipynb")
     dice = random.Random(1)
