@@ -143,6 +143,8 @@ def _servers(args: argparse.Namespace) -> Any:
     dp = n // (tp * args.pp)
     if tp * args.pp * dp != n or (args.ep > 1 and (tp * dp % args.ep or not spec.is_moe)):
         raise ValueError(f"--tp {tp} --pp {args.pp} --ep {args.ep} do not fit --gpus {n}; give tp x pp that divides it, ep for experts")
+    if args.engine:
+        require_known("engine", args.engine, gpt4lib.efficiency.serving().engines)
     plan = ParallelPlan(tp=tp, pp=args.pp, dp=dp, ep=math.gcd(args.ep, dp))      # over tp ranks experts are cut or spread alike
     return gpt4lib.ServingEstimator(spec, ClusterSpec.around(args.device), plan, args.dtype, args.kv_dtype, engine=args.engine)
 

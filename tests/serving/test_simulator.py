@@ -221,7 +221,7 @@ def test_the_command_simulates_a_rate_or_a_trace(tmp_path, capsys):
 @pytest.mark.parametrize("arguments, words", [
     ((), "give either --trace FILE or --rate"), (("--rate", 1, "--trace", "x.csv"), "give either"), (("--trace", "x.csv"), "x.csv cannot be read"),
     (("--rate", 1, "--shape", "wave"), "shape='wave' is not known; accepted: poisson, bursts, diurnal"), (("--rate", -1), "most=-1"),
-    (("--rate", 1, "--tp", 3), "do not fit --gpus 1"), (("--rate", 1, "--seconds", 0), "--seconds"), (("--rate", 1e-9), "no request was answered")])
+    (("--rate", 1, "--engine", "vlllm"), "engine='vlllm' is not known; accepted: "), (("--rate", 1, "--tp", 3), "do not fit --gpus 1"), (("--rate", 1, "--seconds", 0), "--seconds"), (("--rate", 1e-9), "no request was answered")])
 def test_a_bad_option_is_one_line_and_exit_2(arguments, words, capsys):
     code, out = cli("llama-3.1-8b", *arguments, capsys=capsys)
     assert code == 2 and words in out.err and out.err.count("\n") == 1 and not out.out
