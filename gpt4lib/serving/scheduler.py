@@ -85,7 +85,7 @@ class Scheduler:
             start, stop = sequence.n_computed, sequence.n_tokens
             if stop - start > 1:
                 prompts.append(sequence)
-            elif sequence.blocks:                      # none: it is done, or just gave way
+            elif sequence.blocks:      # none: done, or just gave way
                 roomy = start % size and not sequence.shares_tail
                 if roomy or self._extend(sequence, step):
                     step.work.append(Work(sequence, start, stop))
@@ -98,7 +98,7 @@ class Scheduler:
         if self.continuous or not self.running:
             while left and self.waiting and not step.preempted:
                 if not self._admit(self.waiting[0]):
-                    break                              # nobody overtakes
+                    break              # nobody overtakes
                 left -= self._compute(self.waiting.pop(0), left, step)
         return step
 
