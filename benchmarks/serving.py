@@ -24,6 +24,7 @@ from limits import CUDA
 
 from gpt4lib import ModelSpec
 from gpt4lib.nn import checkpoint
+from gpt4lib.nn.cache import Pages
 from gpt4lib.nn.transformer import Transformer
 from gpt4lib.serving.block_pool import BlockPool
 from gpt4lib.serving.llm import LLM
@@ -62,8 +63,7 @@ class Ours:
         self.model, self.batch, self.options = model, batch, {"max_running": batch, "max_batched_tokens": BUDGET, **options}
 
     def __call__(self, prompts, lengths) -> list[list[int]]:
-        spec = self.model.spec
-        kv_bytes = pages(self.batch, prompts, lengths) * PAGE * 2 * spec.n_layers * spec.kv_width * DTYPE.itemsize
+        kv_bytes = pages(self.batch, prompts, lengths) * Pages.page_bytes(self.model.spec, PAGE, DTYPE)
         self.llm = LLM(self.model, kv_bytes=kv_bytes, **self.options)
         self.timeline = Timeline(self.llm.engine.scheduler)
         self.llm.engine.on_step = self.timeline.record

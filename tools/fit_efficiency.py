@@ -106,10 +106,15 @@ def main() -> None:
     lines += [f"{name}_{which} = {x:.4f}" for name, pair in told.items() for which, x in zip(("median", "p90"), pair)]
     lines += ["", "[fit]", f"step_rows = {len(time)}", f"memory_rows = {len(memory)}",
               f"step_loss = {loss(values, time, STEP):.4f}", f"memory_loss = {loss(values, memory, MEMORY):.4f}"]
-    new = HERE.with_suffix(".new")
+    replace(HERE, lines)
+
+
+def replace(path: Path, lines: list[str]) -> None:
+    """Write the constants in one step, so that a crash leaves the old ones, and show them."""
+    new = path.with_suffix(".new")
     new.write_text("\n".join(lines) + "\n", "utf8")
-    new.replace(HERE)
-    print(HERE.read_text("utf8"))
+    new.replace(path)
+    print(path.read_text("utf8"))
 
 
 if __name__ == "__main__":

@@ -91,10 +91,7 @@ def main() -> None:
         errors = sorted(abs(r.error) for r in held if r.group == group)
         lines += [f"{group.split('_')[0]}_{name} = {errors[int(share * len(errors))]:.4f}" for name, share in (("median", .5), ("p90", .9))]
     lines += ["", "[fit]", f"rows = {len(fitted)}", f"loss = {loss(values, fitted, START):.4f}"]
-    new = HERE.with_suffix(".new")
-    new.write_text("\n".join(lines) + "\n", "utf8")
-    new.replace(HERE)
-    print(HERE.read_text("utf8"))
+    fit.replace(HERE, lines)
 
 
 if __name__ == "__main__":

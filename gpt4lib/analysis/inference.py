@@ -64,10 +64,20 @@ class Service(NamedTuple):
         return cost.dollars_per_1k_tokens(n_devices, dollars_per_device_hour, utilisation / a_token)
 
 
+def _each(estimator: ServingEstimator, batch) -> float:
+    """Sequences in each of the batches that fill a pipeline; one is not cut."""
+    return max(batch / estimator.plan.pp, min(batch, 1))
+
+
+def _held(estimator: ServingEstimator, step: Step) -> float:
+    """How long a step keeps the next one waiting: a pipeline is free again after a stage's turn."""
+    return step.seconds if estimator.plan.pp == 1 else step.turn
+
+
 def _decode(estimator: ServingEstimator, batch, context) -> tuple[Step, float]:
     """A step of the batches that fill a pipeline, and the seconds between two tokens: a batch comes round when every stage has
     had its turn with every batch."""
-    step = estimator.step(max(batch / estimator.plan.pp, min(batch, 1)), context)
+    step = estimator.step(_each(estimator, batch), context)
     return step, max(step.seconds, estimator.plan.pp * step.turn)
 
 
@@ -86,17 +96,16 @@ def under_load(estimator: ServingEstimator, clients, input_len, output_len) -> S
     for every `running` ahead of it (Little 1961).
     """
     positive("clients", clients)
-    k, pp, context = estimator.efficiency, estimator.plan.pp, input_len + output_len / 2
+    k, context = estimator.efficiency, input_len + output_len / 2
     running = min(clients, max(estimator.largest_batch(context), 1.0))
     step, decode = _decode(estimator, running, context)
-    first, mixed = estimator.prefill(input_len), estimator.step(max(running / pp, min(running, 1)), context, input_len)
-    own, held, prompt = first.seconds, first.seconds, mixed.seconds - step.seconds
-    if pp > 1:                                             # a prompt takes its time through all stages, but holds each for a turn
-        held, prompt = first.turn, mixed.turn - step.turn
+    own, mixed = estimator.prefill(input_len), estimator.step(_each(estimator, running), context, input_len)
+    prompt = _held(estimator, mixed) - _held(estimator, step)
     others, wait = max(running - 1, 0), estimator.engine.prompt_wait
     tpot = decode + (1 - wait) * others * prompt / output_len
-    ttft = k.request_seconds + own * k.prompt_turns + held * wait * others + estimator.engine.admission_steps * decode
-    request = own + output_len * tpot
+    ttft = (k.request_seconds + own.seconds * k.prompt_turns + _held(estimator, own) * wait * others
+            + estimator.engine.admission_steps * decode)
+    request = own.seconds + output_len * tpot
     ttft += (clients - running) / running * request
     return Service(ttft, tpot, clients * output_len / (ttft + (output_len - 1) * tpot), running, step, prompt, decode / running)
 
@@ -117,8 +126,8 @@ def disaggregated(prefill: ServingEstimator, decode: ServingEstimator, clients, 
     """
     k, context = prefill.efficiency, input_len + output_len / 2
     running = min(clients, max(decode.largest_batch(context), 1.0))
-    tpot, own = _decode(decode, running, context)[1], prefill.prefill(input_len).seconds
+    tpot, own = _decode(decode, running, context)[1], prefill.prefill(input_len)
     moved = max(w.cache[0] * input_len + w.cache[1] * min(input_len, prefill.window) + w.state / 2 for w in prefill.works)
     rate = running / tpot
-    return Pools(k.request_seconds + own + moved / prefill.network + decode.engine.admission_steps * tpot, tpot, rate,
-                 rate / output_len * (own if prefill.plan.pp == 1 else prefill.prefill(input_len).turn), running)
+    return Pools(k.request_seconds + own.seconds + moved / prefill.network + decode.engine.admission_steps * tpot, tpot, rate,
+                 rate / output_len * _held(prefill, own), running)

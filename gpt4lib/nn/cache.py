@@ -84,9 +84,20 @@ class Pages:
 
     def __init__(self, spec: ModelSpec, n_pages: int, page_size: int, dtype: torch.dtype = torch.float32,
                  device: torch.device | str = "cpu") -> None:
-        m, self.page_size = spec.latent, page_size
-        kept = [(spec.n_kv_heads, spec.head_dim)] * 2 if m is None else [(1, m.kv_rank + m.rope_dim)]
-        self.pools = tuple(torch.zeros(spec.n_layers, n_pages, page_size, *shape, dtype=dtype, device=device) for shape in kept)
+        self.page_size = page_size
+        self.pools = tuple(torch.zeros(spec.n_layers, n_pages, page_size, *shape, dtype=dtype, device=device)
+                           for shape in self.kept(spec))
+
+    @staticmethod
+    def kept(spec: ModelSpec) -> list[tuple[int, int]]:
+        """(heads, width) of what each pool keeps of a token in a layer."""
+        m = spec.latent
+        return [(spec.n_kv_heads, spec.head_dim)] * 2 if m is None else [(1, m.kv_rank + m.rope_dim)]
+
+    @classmethod
+    def page_bytes(cls, spec: ModelSpec, page_size: int, dtype: torch.dtype) -> int:
+        """Bytes of one page over all layers and pools."""
+        return spec.n_layers * page_size * dtype.itemsize * sum(heads * width for heads, width in cls.kept(spec))
 
     @property
     def device(self) -> torch.device:

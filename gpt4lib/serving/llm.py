@@ -8,6 +8,7 @@ from typing import AsyncIterator, Callable, NamedTuple, Sequence
 
 from tqdm import tqdm
 
+from gpt4lib.nn.cache import Pages
 from gpt4lib.nn.data import VOCAB_SIZE
 from gpt4lib.nn.transformer import Transformer
 from gpt4lib.serving.engine import Answer, Engine
@@ -45,9 +46,7 @@ class LLM:
                  **engine) -> None:
         if tokenizer is None and model.spec.vocab_size == VOCAB_SIZE:
             tokenizer = Bytes()
-        spec, dtype = model.spec, engine.get("cache_dtype") or next(model.parameters()).dtype
-        width = 2 * spec.kv_width if spec.latent is None else spec.latent.kv_rank + spec.latent.rope_dim
-        block_bytes = spec.n_layers * width * block_size * dtype.itemsize
+        block_bytes = Pages.page_bytes(model.spec, block_size, engine.get("cache_dtype") or next(model.parameters()).dtype)
         n_blocks = int(kv_bytes // block_bytes) - 1                            # one is the executor's
         require(n_blocks > 0, f"kv_bytes={kv_bytes:.0f} holds no block; give at least {2 * block_bytes}, two blocks of {block_size} tokens")
         self.engine = Engine(model, n_blocks, block_size, tokenizer=tokenizer, **engine)

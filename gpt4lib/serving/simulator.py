@@ -1,6 +1,6 @@
 """A cluster in simulation: the engine's own scheduler and blocks, with a predicted time for every step.
 
-    report = simulate(poisson(5.0, 600, prompt=1000, answer=200), cluster(estimator, n_blocks=...))
+    report = simulate(poisson(5.0, 600, prompt=1000, answer=200), cluster(estimator))
 
 One policy, two worlds: what decides here is the object that decides in `Engine`; only nobody multiplies matrices.
 """
@@ -188,11 +188,6 @@ class Report:
         return cost.dollars_per_1k_tokens(n_devices, dollars_per_device_hour, self.tokens_per_second)
 
 
-class _Seen(NamedTuple):
-    arrival: float
-    first: list[float]
-
-
 def simulate(requests: Iterable[Request], lanes: Many[Lane], progress: Callable[[float], None] | None = None,
              window: tuple[float, float] = (0.0, math.inf)) -> Report:
     """Answer a trace, in order of arrival, each request on the lane with the fewest. Deterministic.
@@ -203,7 +198,8 @@ def simulate(requests: Iterable[Request], lanes: Many[Lane], progress: Callable[
     """
     report, (opens, closes) = Report(pipelines=len({id(lane.entrance) for lane in lanes})), window
     events: list[tuple[float, int]] = []                       # (when a lane's step is done, lane)
-    asleep, seen = set(range(len(lanes))), {}
+    asleep = set(range(len(lanes)))
+    times: dict[Sequence, list[float]] = {}                    # of arrival, and of the first token
     feed = iter(requests)
     coming = next(feed, None)
 
@@ -230,7 +226,7 @@ def simulate(requests: Iterable[Request], lanes: Many[Lane], progress: Callable[
             except ValueError:
                 report.refused += 1
             else:
-                seen[sequence] = _Seen(now, [])
+                times[sequence] = [now]
                 report.prompt_tokens += coming.prompt * (now >= opens)
                 if i in asleep:
                     asleep.discard(i)
@@ -245,9 +241,9 @@ def simulate(requests: Iterable[Request], lanes: Many[Lane], progress: Callable[
             for sequence in group:
                 append(sequence, 0)
                 if len(sequence.generated) == 1:
-                    seen[sequence].first.append(now)
+                    times[sequence].append(now)
                 if sequence.finish_reason:
-                    arrival, (first,) = seen.pop(sequence)
+                    arrival, first = times.pop(sequence)
                     n = len(sequence.generated)
                     if counted:
                         report.ttft.append(first - arrival)

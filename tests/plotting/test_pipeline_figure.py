@@ -6,26 +6,16 @@ import sys
 
 import pytest
 from matplotlib.colors import to_hex, to_rgb
-from matplotlib.patches import Rectangle
-from matplotlib.text import Text
 
 from gpt4lib import plotting
 from gpt4lib.distributed.schedule import Action, Schedule, Span
 from gpt4lib.plotting import style
 from gpt4lib.plotting.pipeline import svg
+from tests.plotting.timelines import assert_legible, blocks, texts
 
 SCHEDULES = {"1f1b": Schedule(4, 8), "gpipe": Schedule(4, 8, "gpipe"), "interleaved": Schedule(4, 8, n_chunks=2),
              "long": Schedule(15, 35), "one": Schedule(1, 1), "two": Schedule(2, 2, n_chunks=3)}
 TONES = {tone for pair in style.PASSES.values() for tone in pair}
-
-
-def blocks(figure):
-    """gid -> rectangle, without the grey of idle time."""
-    return {a.get_gid(): a for a in figure.findobj(Rectangle) if a.get_gid() and not a.get_gid().startswith("idle")}
-
-
-def texts(figure):
-    return [t for t in figure.findobj(Text) if t.get_text() and t.get_visible()]
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -51,14 +41,7 @@ def test_a_recording_starts_at_zero_in_milliseconds():
 def test_text_is_legible_stays_on_the_canvas_and_numbers_stay_in_their_blocks(name):
     figure = plotting.pipeline(SCHEDULES[name].simulate())
     style.svg(figure)
-    assert figure.get_figwidth() == style.WIDTH and figure.axes[0].get_legend() is None
-    assert min(t.get_fontsize() for t in texts(figure)) >= style.TEXT
-    box, homes = figure.bbox, [b.get_window_extent() for b in blocks(figure).values()]
-    for text in texts(figure):
-        seen = text.get_window_extent()
-        assert box.x0 - 1 <= seen.x0 and seen.x1 <= box.x1 + 1 and box.y0 - 1 <= seen.y0 and seen.y1 <= box.y1 + 1, text
-        if text.get_text().isdigit() and text.get_color() in ("#000000", "#ffffff"):
-            assert any(b.x0 - 1 <= seen.x0 and seen.x1 <= b.x1 + 1 for b in homes), text
+    assert_legible(figure)
 
 
 def test_rows_of_many_stages_do_not_touch():

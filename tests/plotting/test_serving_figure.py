@@ -7,8 +7,6 @@ import sys
 import pytest
 from matplotlib.colors import to_hex
 from matplotlib.lines import Line2D
-from matplotlib.patches import Rectangle
-from matplotlib.text import Text
 
 from gpt4lib import plotting
 from gpt4lib.plotting import style
@@ -17,6 +15,7 @@ from gpt4lib.serving.block_pool import BlockPool
 from gpt4lib.serving.scheduler import Scheduler
 from gpt4lib.serving.sequence import Sequence
 from gpt4lib.serving.timeline import Slot, Timeline
+from tests.plotting.timelines import assert_legible, blocks, texts
 
 SHAPES = [(6 + i, 10 + 2 * i) for i in range(6)]
 CASES = {"roomy": dict(n_blocks=100), "tight": dict(n_blocks=14), "static": dict(n_blocks=100, continuous=False),
@@ -44,15 +43,6 @@ def drawn(request):
     figure = plotting.timeline(t)
     style.svg(figure)
     return t, figure
-
-
-def blocks(figure):
-    """gid -> rectangle, without the grey of idle seats."""
-    return {a.get_gid(): a for a in figure.findobj(Rectangle) if a.get_gid() and not a.get_gid().startswith("idle")}
-
-
-def texts(figure):
-    return [t for t in figure.findobj(Text) if t.get_text() and t.get_visible()]
 
 
 def crosses(figure):
@@ -95,14 +85,7 @@ def test_somebody_gives_way_in_the_tight_case_and_nobody_in_the_roomy_one():
 
 def test_text_is_legible_stays_on_the_canvas_and_numbers_stay_in_their_blocks(drawn):
     _, figure = drawn
-    assert figure.get_figwidth() == style.WIDTH and figure.axes[0].get_legend() is None
-    assert min(t.get_fontsize() for t in texts(figure)) >= style.TEXT
-    box, homes = figure.bbox, [b.get_window_extent() for b in blocks(figure).values()]
-    for text in texts(figure):
-        seen = text.get_window_extent()
-        assert box.x0 - 1 <= seen.x0 and seen.x1 <= box.x1 + 1 and box.y0 - 1 <= seen.y0 and seen.y1 <= box.y1 + 1, text
-        if text.get_text().isdigit() and text.get_color() in ("#000000", "#ffffff"):
-            assert any(b.x0 - 1 <= seen.x0 and seen.x1 <= b.x1 + 1 for b in homes), text
+    assert_legible(figure)
 
 
 def test_the_tones_are_named_where_they_first_appear():
